@@ -18,24 +18,25 @@ class DetectorConfig(PreTrainedConfig):
     """Base configuration of all detectors.
 
     A backbone is named in one of three ways: ``backbone_config`` (a configuration or its
-    dictionary), ``backbone="resnet50.tv_in1k"`` (a timm model), or ``backbone="microsoft/resnet-50"``
-    with ``use_timm_backbone=False`` (a transformers model). ``backbone``, ``use_timm_backbone`` and
-    ``backbone_kwargs`` are read once and end up in ``backbone_config``.
+    dictionary), ``backbone="resnet50.tv_in1k"`` (a timm model), or
+    ``backbone="microsoft/resnet-50"`` with ``use_timm_backbone=False`` (a transformers model).
+    ``backbone``, ``use_timm_backbone`` and ``backbone_kwargs`` are read once and end up in
+    ``backbone_config``.
 
     Freezing belongs to pretrained weights: ``backbone_norm`` and ``frozen_backbone_stages`` default
-    to ``"frozen"`` and 2 with ``use_pretrained_backbone=True``, as in the papers, and to ``"batch"``
-    and 0 for a backbone that starts from random weights, which has to be trained whole.
+    to ``"frozen"`` and 2 with ``use_pretrained_backbone=True``, as in the papers, and to
+    ``"batch"`` and 0 for a backbone that starts from random weights, which has to be trained whole.
 
     Attributes:
         backbone_config: Architecture of the backbone and the stages it returns.
         num_channels: Channels of a picture.
-        use_pretrained_backbone: Load the backbone's published weights when a model is built from this
-            configuration. ``from_pretrained`` never does: its weights are in the checkpoint.
+        use_pretrained_backbone: Load the backbone's published weights when a model is built from
+            this configuration. ``from_pretrained`` never does: its weights are in the checkpoint.
         dilation: Keep the stride of the last backbone stage at 16 by dilated convolutions (the
             papers' DC5); needs a timm backbone.
         backbone_norm: ``"frozen"`` (statistics and affine terms are constants) or ``"batch"``.
-        frozen_backbone_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage,
-            and so on. Normalisation inside frozen stages is frozen too.
+        frozen_backbone_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first
+            stage, and so on. Normalisation inside frozen stages is frozen too.
         num_queries: Object queries, the largest number of objects found in one picture.
         d_model: Channels of a token.
         auxiliary_loss: Train every decoder layer on its own predictions. Never changes the forward.

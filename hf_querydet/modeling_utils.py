@@ -30,7 +30,8 @@ class DetectorPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Older files carry the counter of batch norms that are frozen here.
     _keys_to_ignore_on_load_unexpected = (r"num_batches_tracked",)
-    # Tensors whose shape follows the number of labels, the only ones that a new label set re-creates.
+    # Tensors whose shape follows the number of labels, the only ones that a new label set
+    # re-creates.
     _class_head_keys: tuple[str, ...] = ("class_head.weight", "class_head.bias")
 
     @classmethod
@@ -40,10 +41,12 @@ class DetectorPreTrainedModel(PreTrainedModel):
         """Load a detector; see ``PreTrainedModel.from_pretrained``.
 
         With ``num_labels`` or ``id2label``, a class head of another size is re-created for the new
-        labels without ``ignore_mismatched_sizes``. Any other tensor of a wrong shape stays an error.
+        labels without ``ignore_mismatched_sizes``. Any other tensor of a wrong shape stays an
+        error.
 
         Raises:
-            RuntimeError: If tensors other than the class head have another shape than the checkpoint's.
+            RuntimeError: If tensors other than the class head have another shape than the
+                checkpoint's.
         """
         new_labels = "num_labels" in kwargs or "id2label" in kwargs
         if "id2label" in kwargs and "label2id" not in kwargs:
@@ -74,8 +77,9 @@ class DetectorPreTrainedModel(PreTrainedModel):
             listing = "\n  ".join(wrong)
             raise RuntimeError(
                 f"The checkpoint does not fit the configuration:\n  {listing}\n"
-                "Only the class head is re-created for new labels; pass the options that the checkpoint "
-                "was trained with, or ignore_mismatched_sizes=True to start these tensors anew."
+                "Only the class head is re-created for new labels; pass the options that the "
+                "checkpoint was trained with, or ignore_mismatched_sizes=True to start these "
+                "tensors anew."
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

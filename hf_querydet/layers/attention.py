@@ -37,7 +37,8 @@ def eager_attention_forward(
         query: (batch, heads, num_queries, key_size).
         key: (batch, heads, num_keys, key_size).
         value: (batch, heads, num_keys, value_size).
-        attention_mask: Boolean, broadcastable to (batch, heads, num_queries, num_keys), True = attend.
+        attention_mask: Boolean, broadcastable to (batch, heads, num_queries, num_keys), True =
+            attend.
         scaling: Factor on the dot products.
         dropout: Dropout on the weights.
         kwargs: Options of other implementations, of no effect here.

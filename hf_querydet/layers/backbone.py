@@ -18,7 +18,8 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine terms are constants.
 
     All four are buffers: never trained, never decayed, the same in training and evaluation. DETR
-    (arXiv:2005.12872), Appendix A.4. One fused kernel, where multiplying and adding takes two passes.
+    (arXiv:2005.12872), Appendix A.4. One fused kernel, where multiplying and adding takes two
+    passes.
 
     Args:
         num_features: Channels.
@@ -60,8 +61,8 @@ class Backbone(nn.Module):
 
     Args:
         config: What ``AutoBackbone`` builds from, with the stages to return.
-        pretrained: Load the published weights. Ignored while a checkpoint is being loaded (the model is
-            then built on the meta device), because the checkpoint brings its own.
+        pretrained: Load the published weights. Ignored while a checkpoint is being loaded (the
+            model is then built on the meta device), because the checkpoint brings its own.
         norm: ``"frozen"`` or ``"batch"``.
         num_frozen_stages: 0 trains all, 1 freezes the stem, 2 stem and first stage, and so on.
 
@@ -108,8 +109,8 @@ class Backbone(nn.Module):
             pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
 
         Returns:
-            Per stage, from fine to coarse: the map (batch, channels, height, width) and its padding mask
-            (batch, height, width), True = padding, or None without ``pixel_mask``.
+            Per stage, from fine to coarse: the map (batch, channels, height, width) and its padding
+            mask (batch, height, width), True = padding, or None without ``pixel_mask``.
         """
         maps = self.body(pixel_values).feature_maps
         return [(features, resize_padding_mask(pixel_mask, features)) for features in maps]
@@ -163,9 +164,9 @@ def _load_published_weights(body: PreTrainedModel) -> None:
     source = body.config.backbone if _is_timm(body) else body.config.name_or_path
     if not source:
         raise ValueError(
-            "use_pretrained_backbone=True does not know which weights to load: the backbone_config has "
-            "no name. Name a published backbone, for instance backbone='microsoft/resnet-50' with "
-            "use_timm_backbone=False, or build the config with AutoConfig.from_pretrained."
+            "use_pretrained_backbone=True does not know which weights to load: the backbone_config "
+            "has no name. Name a published backbone, for instance backbone='microsoft/resnet-50' "
+            "with use_timm_backbone=False, or build the config with AutoConfig.from_pretrained."
         )
     try:
         weights = _published_weights(body, source)
@@ -173,8 +174,9 @@ def _load_published_weights(body: PreTrainedModel) -> None:
         # Each hub client fails in its own way (no network, no such model, offline mode).
         raise OSError(
             f"The pretrained weights of the backbone {source!r} could not be loaded "
-            f"({type(error).__name__}: {error}). Connect to the network, name a backbone whose weights "
-            "are on this machine, or pass use_pretrained_backbone=False to start from random weights."
+            f"({type(error).__name__}: {error}). Connect to the network, name a backbone whose "
+            "weights are on this machine, or pass use_pretrained_backbone=False to start from "
+            "random weights."
         ) from error
     body.load_state_dict(weights)
     logger.info("Loaded the pretrained weights of the backbone %s.", source)
@@ -207,8 +209,8 @@ def _leading_stages(body: PreTrainedModel, num_stages: int) -> list[nn.Module]:
         )
     if num_stages > len(stages):
         raise ValueError(
-            f"frozen_backbone_stages is {num_stages}, but the backbone has {len(stages)} stages with its "
-            "stem."
+            f"frozen_backbone_stages is {num_stages}, but the backbone has {len(stages)} stages "
+            "with its stem."
         )
     return [module for stage in stages[:num_stages] for module in stage]
 

@@ -1,5 +1,7 @@
 """The two kinds of stacked linear layers in a detection transformer."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -56,12 +58,11 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
         self.layers = nn.ModuleList(
-            nn.Linear(size_in, size_out)
-            for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes)
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Apply the layers, (..., input_size) to (..., output_size). No activation after the last."""
+        """Apply the layers, (..., input_size) to (..., output_size)."""
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)

@@ -34,8 +34,8 @@ class SinePositionEmbedding(nn.Module):
 
     Args:
         embedding_size: Channels; the first half encodes y, the second x. A multiple of 4.
-        offset: Added to the 1-based cell count: 0 in DETR and Conditional DETR, -0.5 (cell centres) in
-            Deformable DETR.
+        offset: Added to the 1-based cell count: 0 in DETR and Conditional DETR, -0.5 (cell centres)
+            in Deformable DETR.
         temperature: Of :func:`sine_features`.
     """
 

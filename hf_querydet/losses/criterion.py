@@ -25,7 +25,7 @@ BOX_TOLERANCE = 1e-3
 
 
 class Classification(Protocol):
-    """How a detector scores classes: its matching cost, its loss and what the loss is divided by."""
+    """How a detector scores classes: matching cost, loss, and what the loss is divided by."""
 
     def num_labels(self, logits: Tensor) -> int:
         """Object classes that ``logits`` (..., classes) distinguish."""
@@ -34,7 +34,7 @@ class Classification(Protocol):
         """Matching cost (L, B, Q, T) of logits (L, B, Q, C) and labels (B, T)."""
 
     def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
-        """Sum of the loss of each layer, (L,). ``target_classes`` (L, B, Q) is -1 without object."""
+        """Loss sum per layer, (L,). ``target_classes`` (L, B, Q) is -1 where no object is."""
 
     def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
         """What one layer's loss on this process is divided by, before averaging over processes."""
@@ -74,8 +74,8 @@ class FocalClassification:
     """Independent sigmoid per label with focal loss (Deformable DETR and those after it).
 
     Attributes:
-        alpha: Weight of positives in the loss. The matching cost uses 0.25 whatever is set here, as in
-            the authors' code.
+        alpha: Weight of positives in the loss. The matching cost uses 0.25 whatever is set here, as
+            in the authors' code.
         gamma: Exponent of the focal loss.
     """
 
@@ -159,14 +159,15 @@ class SetCriterion:
 
         Args:
             predictions: Of one or more decoder layers, the last one final.
-            labels: A mapping per picture with ``class_labels`` (targets,) and ``boxes`` (targets, 4),
-                normalised cxcywh.
+            labels: A mapping per picture with ``class_labels`` (targets,) and ``boxes`` (targets,
+                4), normalised cxcywh.
             encoder_predictions: Of a two-stage detector's encoder, one layer.
             encoder_labels: What these are matched to, if not ``labels``.
 
         Returns:
-            The weighted sum, and the unweighted terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the
-            final layer, suffix ``_0``, ``_1``, ... for the layers before it, ``_enc`` for the encoder.
+            The weighted sum, and the unweighted terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` of
+            the final layer, suffix ``_0``, ``_1``, ... for the layers before it, ``_enc`` for the
+            encoder.
 
         Raises:
             ValueError: If labels have the wrong form, a class out of range, or a box that is not
@@ -287,7 +288,8 @@ class _PaddedLabels:
     def build(cls, labels: Labels, batch_size: int, device: torch.device) -> "_PaddedLabels":
         if len(labels) != batch_size:
             raise ValueError(
-                f"labels must hold one entry per picture, got {len(labels)} for {batch_size} pictures."
+                f"labels must hold one entry per picture, got {len(labels)} for {batch_size} "
+                "pictures."
             )
         for index, label in enumerate(labels):
             _check_form(index, label)
@@ -335,16 +337,16 @@ def _check_values(class_labels: np.ndarray, boxes: np.ndarray, num_labels: int) 
     if len(outside):
         picture, target = outside[0]
         raise ValueError(
-            f"labels[{picture}]['class_labels'][{target}] is {int(class_labels[picture, target])}, but "
-            f"the model has {num_labels} labels, 0 to {num_labels - 1}; map the dataset's categories to "
-            "the model's ids, or load the model with num_labels set."
+            f"labels[{picture}]['class_labels'][{target}] is {int(class_labels[picture, target])}, "
+            f"but the model has {num_labels} labels, 0 to {num_labels - 1}; map the dataset's "
+            "categories to the model's ids, or load the model with num_labels set."
         )
     # Written so that NaN fails.
     bad = np.argwhere(~((boxes >= -BOX_TOLERANCE) & (boxes <= 1 + BOX_TOLERANCE)))
     if len(bad):
         picture, target, _ = bad[0]
         raise ValueError(
-            f"labels[{picture}]['boxes'][{target}] is {boxes[picture, target].tolist()}; boxes must be "
-            "(centre x, centre y, width, height) relative to the picture, between 0 and 1, as the "
-            "image processor makes them from annotations."
+            f"labels[{picture}]['boxes'][{target}] is {boxes[picture, target].tolist()}; boxes "
+            "must be (centre x, centre y, width, height) relative to the picture, between 0 and 1, "
+            "as the image processor makes them from annotations."
         )

@@ -1,6 +1,7 @@
 """Names of DETR's tensors in transformers' files.
 
-Left: a regular expression for the name in a file of transformers, both the layout that its version 5
+Left: a regular expression for the name in a file of transformers, both the layout that its version
+    5
 writes and the one of older repositories on the Hub. Right: the name here. None of the expressions
 matches a name of ours.
 """

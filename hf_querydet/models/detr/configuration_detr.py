@@ -16,9 +16,9 @@ class DETRConfig(DetectorConfig):
     DC5 is ``dilation=True``, the deeper backbone ``backbone="resnet101.tv_in1k"``. Fields that
     every detector has are described in :class:`~hf_querydet.configuration_utils.DetectorConfig`.
 
-    transformers' DETR sets ``attention_dropout`` and ``activation_dropout`` to 0; here they follow the
-    authors' code, which applies its one dropout rate there too. The pre-norm option of the authors'
-    code has no published weights and is not offered.
+    transformers' DETR sets ``attention_dropout`` and ``activation_dropout`` to 0; here they follow
+    the authors' code, which applies its one dropout rate there too. The pre-norm option of the
+    authors' code has no published weights and is not offered.
 
     Attributes:
         encoder_layers: Number of encoder layers.

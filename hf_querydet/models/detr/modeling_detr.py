@@ -234,9 +234,9 @@ class DETRForObjectDetection(DETRPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), normalised colours.
             pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1 and
-                ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then has a
-                loss.
+            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
+                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
+                has a loss.
             output_attentions: See :meth:`DETRModel.forward`.
             output_hidden_states: See :meth:`DETRModel.forward`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.

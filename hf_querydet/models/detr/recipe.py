@@ -1,4 +1,4 @@
-"""Training settings of DETR (arXiv:2005.12872, Sec. 4 and Appendix A.4; the authors' released runs)."""
+"""Training settings of DETR (arXiv:2005.12872, Sec. 4, Appendix A.4; the released runs)."""
 
 from hf_querydet.recipe_utils import Recipe
 
