@@ -48,15 +48,24 @@ def parse_args() -> argparse.Namespace:
     flag = argparse.BooleanOptionalAction
     model = parser.add_argument_group("model").add_argument
     model("--model", required=True, help=f"{', '.join(VARIANTS)}; or a directory or Hub id")
-    model("--model-option", action="append", default=[], metavar="NAME=VALUE",
-          help="config field of a new detector, e.g. backbone=resnet18 or decoder_layers=3")
-    model("--pretrained-backbone", action=flag, default=True,
-          help="start a new detector from the published weights of its backbone")
-    model("--shortest-edge", type=int, help="picture size; the paper's or the checkpoint's if
-    unset") model("--longest-edge", type=int, help="its limit for the longer side")
+    model(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="config field of a new detector, e.g. backbone=resnet18 or decoder_layers=3",
+    )
+    model(
+        "--pretrained-backbone",
+        action=flag,
+        default=True,
+        help="start a new detector from the published weights of its backbone",
+    )
+    model("--shortest-edge", type=int, help="picture size; unset: the model's own")
+    model("--longest-edge", type=int, help="its limit for the longer side")
     data = parser.add_argument_group("data").add_argument
     data("--dataset", required=True, help="{split} in a path stands for the split")
-    data("--train-split", default="train", help="")
+    data("--train-split", default="train", help="split to train on")
     data("--eval-split", default="validation", help="'none' trains without evaluation")
     data("--picture-dir", help="pictures of a COCO json, if not beside it")
     data("--label-names", help="comma-separated names, where the dataset has only numbers")
@@ -65,23 +74,23 @@ def parse_args() -> argparse.Namespace:
     data("--augment", action=flag, default=True, help="flip, scale and crop as in the papers")
     data("--num-workers", type=int, default=2, help="processes that prepare pictures")
     optim = parser.add_argument_group("optimisation (unset: the paper's value)").add_argument
-    optim("--epochs", type=int, help="")
+    optim("--epochs", type=int, help="passes over the data")
     optim("--max-train-steps", type=int, help="ends the run earlier; needed when streaming")
     optim("--batch-size", type=int, default=4, help="pictures per process and step")
     optim("--gradient-accumulation", type=int, default=1, help="batches per optimizer step")
-    optim("--learning-rate", type=float, help="")
+    optim("--learning-rate", type=float, help="of most parameters")
     optim("--backbone-factor", type=float, help="on its learning rate; 1 if it starts random")
-    optim("--weight-decay", type=float, help="")
-    optim("--max-grad-norm", type=float, help="")
-    optim("--schedule", choices=["step", "cosine"], help="")
-    optim("--warmup-steps", type=int, default=0, help="")
-    optim("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="")
+    optim("--weight-decay", type=float, help="on all parameters")
+    optim("--max-grad-norm", type=float, help="gradients are clipped to it")
+    optim("--schedule", choices=["step", "cosine"], help="of the learning rate")
+    optim("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    optim("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the forward")
     add("--output-dir", type=Path, required=True, help="where everything is saved")
     add("--resume", action=flag, default=False, help="continue from the newest checkpoint")
     add("--checkpoint-steps", type=int, help="also save a checkpoint every so many steps")
     add("--log-steps", type=int, default=20, help="steps between lines of the log")
     add("--report-to", help="tracker of accelerate: tensorboard, wandb, ...")
-    add("--seed", type=int, default=42, help="")
+    add("--seed", type=int, default=42, help="of weights, order and augmentation")
     return parser.parse_args()
 
 
@@ -114,8 +123,10 @@ def build_model(args: argparse.Namespace, id2label: dict[int, str], say: Any) ->
         config = variant.config(id2label=id2label, label2id=label2id, **options)
         model, processor = variant.detector(config), variant.image_processor(**size)
         backbone = "published weights" if config.use_pretrained_backbone else "random weights"
-        say(f"New {args.model}; the backbone starts from {backbone}, its norms are "
-            f"{config.backbone_norm}, {config.frozen_backbone_stages} of its stages are frozen.")
+        say(
+            f"New {args.model}; the backbone starts from {backbone}, its norms are "
+            f"{config.backbone_norm}, {config.frozen_backbone_stages} of its stages are frozen."
+        )
         return model, processor, config.use_pretrained_backbone
     model, processor = load_detector(args.model, **model_options(args.model_option))
     if set(model.config.id2label.values()) == set(id2label.values()):
@@ -192,16 +203,15 @@ def train_one_epoch(
         progress.step += 1
         bar.update()
         if progress.step % args.log_steps == 0:
-            recent = [sum(column) / len(column) for column in zip(*losses[-args.log_steps :])]
-            names = ["loss", *outputs.loss_dict]
-            last_layer = dict(zip(names[:4], recent))
+            recent = torch.tensor(losses[-args.log_steps :]).mean(0).tolist()
+            terms = dict(zip(["loss", *outputs.loss_dict], recent, strict=True))
+            final_layer = "  ".join(f"{name} {terms[name]:.4f}" for name in list(terms)[:4])
             seconds = (time.perf_counter() - started) / len(losses)
             accelerator.print(
-                f"step {progress.step}/{num_steps}  "
-                + "  ".join(f"{name} {value:.4f}" for name, value in last_layer.items())
-                + f"  lr {scheduler.get_last_lr()[0]:.2e}  {seconds:.2f} s/batch"
+                f"step {progress.step}/{num_steps}  {final_layer}  "
+                f"lr {scheduler.get_last_lr()[0]:.2e}  {seconds:.2f} s/batch"
             )
-            accelerator.log(dict(zip(names, recent)), step=progress.step)
+            accelerator.log(terms, step=progress.step)
         if args.checkpoint_steps and progress.step % args.checkpoint_steps == 0:
             save_checkpoint(args, accelerator, progress)
         if progress.step >= num_steps:
@@ -322,8 +332,11 @@ def main() -> None:
     else:
         num_steps = args.max_train_steps
     scheduler = learning_rate_schedule(
-        optimizer.optimizer, schedule=args.schedule, num_steps=num_steps,
-        warmup_steps=args.warmup_steps, step_fraction=recipe.step_fraction,
+        optimizer.optimizer,
+        schedule=args.schedule,
+        num_steps=num_steps,
+        warmup_steps=args.warmup_steps,
+        step_fraction=recipe.step_fraction,
     )
     progress = TrainingProgress()
     accelerator.register_for_checkpointing(scheduler, progress)
@@ -331,10 +344,14 @@ def main() -> None:
         accelerator.load_state(checkpoints[-1])
         accelerator.print(f"Resumed from {checkpoints[-1].name}.")
     if args.report_to:
-        accelerator.init_trackers("train_detector", {
-            name: value for name, value in vars(args).items() if isinstance(value, (int, float,
-                str))
-        })
+        accelerator.init_trackers(
+            "train_detector",
+            {
+                name: value
+                for name, value in vars(args).items()
+                if isinstance(value, (int, float, str))
+            },
+        )
 
     # Train
     bar = tqdm(total=num_steps, initial=progress.step, disable=not accelerator.is_main_process)
