@@ -90,6 +90,18 @@ class DetectorPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
 
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], **kwargs: Any
+    ) -> None:
+        """Switch the attention of the detector between ``"sdpa"`` and ``"eager"``.
+
+        The backbone keeps its own: most have no attention and refuse every choice but one. To set
+        both, pass ``{"": "sdpa", "backbone_config": "eager"}``.
+        """
+        if isinstance(attn_implementation, str):
+            attn_implementation = {"": attn_implementation}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """First values by module type, those of DETR's authors.

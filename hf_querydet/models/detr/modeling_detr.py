@@ -170,7 +170,7 @@ class DETRModel(DETRPreTrainedModel):
 
         # Decoder: content starts at zero, a query's identity is its position embedding
         query_positions = self.query_position_embeddings.weight.to(memory.dtype)
-        query_positions = query_positions.expand(len(memory), -1, -1)
+        query_positions = query_positions.expand(memory.shape[0], -1, -1)
         object_queries = torch.zeros_like(query_positions)
         memory_with_positions = memory + positions
         decoder_states, normed_states = [object_queries], []
