@@ -1,0 +1,680 @@
+"""Image processing that all detectors share: pictures to model inputs, predictions to boxes.
+
+In the order things happen: read, resize, normalise into a padded canvas, convert annotations; and
+after the model: decode scores, scale boxes to the original picture.
+
+Boxes are relative to the picture without its padding, before and after the model. transformers
+rescales label boxes to the padded canvas, so that a picture's targets depend on its batch and
+post-processing does not undo it; DETR (arXiv:2005.12872) and its followers do not.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    AnnotationFormat,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+from hf_querydet.coco_annotations import match_annotations, prepare_labels
+from hf_querydet.image_reading import flatten_pictures, read_picture
+from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
+
+DEFAULT_LONGEST_EDGE = 1333
+
+
+class DetectionImageProcessorKwargs(ImagesKwargs, total=False):
+    """Keyword arguments beside those of every image processor.
+
+    Attributes:
+        format: Form of the annotations; ``"coco_detection"`` is the only one.
+        do_convert_annotations: Label boxes come out as normalised cxcywh; otherwise as xyxy in
+            pixels of the resized picture.
+    """
+
+    format: str | AnnotationFormat
+    do_convert_annotations: bool
+
+
+class DetectionImageProcessor(TorchvisionBackend):
+    """Prepares pictures and annotations for a detector and turns its output into boxes.
+
+    Subclasses choose how scores are read by overriding :meth:`decode_predictions`, and may change
+    any default below.
+
+    Args:
+        size: ``{"shortest_edge", "longest_edge"}`` (the authors' rule, :func:`shortest_edge_size`),
+            ``{"shortest_edge"}``, ``{"max_height", "max_width"}``, ``{"height", "width"}`` (aspect
+            ratio not kept), or an int, which is a shortest edge with the longest limited to 1333.
+        pad_size: ``{"height", "width"}`` of every batch instead of the largest picture in it.
+            Pictures are then resized so that they fit, whatever their orientation. It lets
+            ``pipeline(..., batch_size=n)`` stack unlike pictures.
+        do_pad: Pad at the bottom and right with 0 after normalising, and return a ``pixel_mask``.
+        do_convert_rgb: Make grey and transparent pictures three-channel; see
+            :mod:`hf_querydet.image_reading` for how every kind of picture is read.
+        **kwargs: The other arguments of every image processor, and those of
+            :class:`DetectionImageProcessorKwargs`. The names of older files are understood:
+            ``max_size`` and ``pad_and_return_pixel_mask``.
+    """
+
+    valid_kwargs = DetectionImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 - transformers' interface
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 800, "longest_edge": DEFAULT_LONGEST_EDGE}  # noqa: RUF012
+    default_to_square = False
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    do_convert_rgb = True
+    format = AnnotationFormat.COCO_DETECTION.value
+    do_convert_annotations = True
+    default_top_k: int | None = None
+    """Most detections per picture where ``top_k`` is not given; None is one per query."""
+
+    def __init__(self, **kwargs: Unpack[DetectionImageProcessorKwargs]) -> None:
+        # Files of older versions write null for what nobody has set.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        old_do_pad = kwargs.pop("pad_and_return_pixel_mask", self.do_pad)
+        kwargs.setdefault("do_pad", old_do_pad)
+        max_size = kwargs.pop("max_size", None)
+        if max_size is not None:
+            size = kwargs.get("size") or self.size["shortest_edge"]
+            size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
+            if set(size) == {"shortest_edge"}:
+                size["longest_edge"] = max_size
+            kwargs["size"] = size
+        super().__init__(**kwargs)
+
+    def preprocess(
+        self,
+        images: Any,
+        annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        return_segmentation_masks: bool | None = None,
+        masks_path: Any = None,
+        **kwargs: Unpack[DetectionImageProcessorKwargs],
+    ) -> BatchFeature:
+        """Make model inputs from pictures, and labels from their annotations.
+
+        Args:
+            images: One picture or several: PIL, paths, URLs, arrays or tensors.
+            annotations: One set per picture, in the form of COCO detection: ``{"image_id": int,
+                "annotations": [{"bbox": [x, y, width, height], "category_id": int, ...}]}``, boxes
+                in pixels of the upright picture.
+            return_segmentation_masks: Not supported; there for the order of arguments.
+            masks_path: As above.
+            **kwargs: Any argument of the constructor, for this call only; and ``device``,
+                ``return_tensors`` (``"pt"``, ``"np"``), ``input_data_format``,
+                ``disable_grouping``.
+
+        Returns:
+            ``pixel_values`` float32 (batch, 3, height, width) and, with ``do_pad``, ``pixel_mask``
+            int64 (batch, height, width), 1 on the picture. With annotations ``labels``, one
+            dictionary per picture, see :func:`hf_querydet.coco_annotations.prepare_labels`. With
+            ``do_pad=False`` and no ``return_tensors`` ``pixel_values`` is a list of single
+            pictures, which :meth:`pad_batch` makes a batch of.
+
+        Raises:
+            TypeError: If an argument is unknown or has the wrong type.
+            ValueError: If pictures, annotations and arguments do not go together.
+        """
+        if return_segmentation_masks or masks_path is not None:
+            raise ValueError(
+                "Segmentation masks are not supported, these are box detectors; leave out "
+                "return_segmentation_masks and masks_path."
+            )
+        return super().preprocess(images, annotations, **kwargs)
+
+    def post_process_object_detection(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        target_sizes: Tensor | Sequence[Sequence[int]] | None = None,
+        top_k: int | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Turn predictions into scored boxes.
+
+        Args:
+            outputs: Output of a detector: ``logits`` (batch, num_queries, num_classes) and
+                ``pred_boxes`` (batch, num_queries, 4), normalised cxcywh.
+            threshold: Detections with a score above it are kept. 0 keeps all that COCO's average
+                precision wants.
+            target_sizes: (height, width) of each original picture, tensor (batch, 2) or list.
+                Without it boxes stay normalised.
+            top_k: Most detections per picture; by default ``default_top_k`` of the class.
+
+        Returns:
+            Per picture ``scores`` float32 (n,), descending, ``labels`` int64 (n,) and ``boxes``
+            float32 (n, 4), xyxy in pixels of the original picture, not clipped to it.
+
+        Raises:
+            ValueError: If shapes do not match, or ``top_k`` or a target size is not positive.
+        """
+        top_k = self.default_top_k if top_k is None else top_k
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}.")
+        logits, pred_boxes = outputs.logits, outputs.pred_boxes
+        if logits is None or pred_boxes is None:
+            raise ValueError("outputs must hold logits and pred_boxes, one of them is None.")
+        if logits.ndim != 3 or pred_boxes.ndim != 3 or pred_boxes.shape != (*logits.shape[:2], 4):
+            raise ValueError(
+                "outputs must hold logits (batch, num_queries, num_classes) and pred_boxes (batch, "
+                f"num_queries, 4), got {tuple(logits.shape)} and {tuple(pred_boxes.shape)}."
+            )
+        scores, labels, boxes_cxcywh = self.decode_predictions(
+            logits.detach().float(), pred_boxes.detach().float(), top_k
+        )
+        boxes_xyxy = boxes_cxcywh_to_xyxy(boxes_cxcywh)
+        if target_sizes is not None:
+            heights, widths = _read_target_sizes(target_sizes, boxes_xyxy).unbind(1)
+            scale = torch.stack([widths, heights, widths, heights], dim=1)
+            boxes_xyxy = boxes_xyxy * scale[:, None]
+        return [
+            {"scores": score[keep], "labels": label[keep], "boxes": boxes[keep]}
+            for score, label, boxes, keep in zip(
+                scores, labels, boxes_xyxy, scores > threshold, strict=True
+            )
+        ]
+
+    def decode_predictions(
+        self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read scores, labels and boxes from the outputs; each variant names its way here.
+
+        Args:
+            logits: (batch, num_queries, num_classes), float32.
+            pred_boxes: (batch, num_queries, 4), normalised cxcywh, float32.
+            top_k: Most detections per picture, or None.
+
+        Returns:
+            Scores (batch, n) descending, labels (batch, n), boxes_cxcywh (batch, n, 4): the result
+            of
+            :func:`decode_softmax_scores` or :func:`decode_sigmoid_scores`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must override decode_predictions with decode_softmax_scores or "
+            "decode_sigmoid_scores; use the image processor of a variant."
+        )
+
+    def pad_batch(
+        self,
+        pixel_values: Sequence[Tensor],
+        pad_size: Mapping[str, int] | SizeDict | int | None = None,
+        return_tensors: str | TensorType | None = None,
+    ) -> BatchFeature:
+        """Pad single processed pictures into a batch, as collators do.
+
+        Processing pictures one by one with ``do_pad=False`` and padding them here gives what
+        processing them together gives.
+
+        Args:
+            pixel_values: Pictures (channels, height, width), of one data type and device.
+            pad_size: Size of the batch; by default the processor's ``pad_size``, else that of the
+                largest picture in each direction.
+            return_tensors: ``"np"`` for arrays; tensors otherwise.
+
+        Returns:
+            ``pixel_values`` (batch, channels, height, width), padded with 0 at the bottom and
+            right, and ``pixel_mask`` int64 (batch, height, width), 1 on the picture.
+
+        Raises:
+            TypeError: If something is not a tensor.
+            ValueError: If there is no picture, one is not 3-dimensional, channels differ, or one is
+                larger than ``pad_size``.
+        """
+        for picture in pixel_values:
+            if not isinstance(picture, Tensor):
+                raise TypeError(
+                    f"pixel_values must be torch tensors, got {type(picture).__name__}."
+                )
+            if picture.ndim != 3:
+                raise ValueError(
+                    "pixel_values must be single pictures (channels, height, width), got "
+                    f"{tuple(picture.shape)}; index the batch first."
+                )
+        if len(pixel_values) == 0:
+            raise ValueError("pixel_values is empty; pass at least one picture.")
+        if pad_size is None:
+            pad_size = self.pad_size
+        pad_size = self._standardize_kwargs(pad_size=pad_size)["pad_size"]
+        num_channels = _common_channels(pixel_values)
+        sizes = [tuple(picture.shape[-2:]) for picture in pixel_values]
+        canvas_size = _canvas_size(sizes, pad_size)
+        canvas = pixel_values[0].new_empty((len(sizes), num_channels, *canvas_size))
+        for slot, picture, (height, width) in zip(canvas, pixel_values, sizes, strict=True):
+            slot[:, :height, :width] = picture
+        _blank_padding(canvas, sizes)
+        pixel_mask = _pixel_mask(sizes, canvas_size, canvas.device)
+        return _batch_feature({"pixel_values": canvas, "pixel_mask": pixel_mask}, return_tensors)
+
+    def resize(
+        self,
+        image: Tensor,
+        size: SizeDict,
+        resample: PILImageResampling | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Resize pictures (..., height, width) by the rules of :func:`resized_size`."""
+        height, width = resized_size(tuple(image.shape[-2:]), size)
+        return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        do_rescale: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Read one picture, see :func:`hf_querydet.image_reading.read_picture`."""
+        return read_picture(
+            image,
+            convert_rgb=bool(do_convert_rgb),
+            to_8bit_scale=bool(do_rescale),
+            input_data_format=input_data_format,
+            device=device,
+        )
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        # Files are opened by read_picture, which keeps their mode; the list may hold 2-d pictures.
+        return flatten_pictures(images)
+
+    def _standardize_kwargs(
+        self, size: Any = None, format: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Bring arguments to one form, both of the constructor and of a call."""
+        if isinstance(size, int):
+            size = {"shortest_edge": size, "longest_edge": DEFAULT_LONGEST_EDGE}
+        kwargs = super()._standardize_kwargs(size=size, **kwargs)
+        pad_size = kwargs["pad_size"]
+        if pad_size is not None and not (pad_size.height and pad_size.width):
+            raise ValueError(f"pad_size must have the keys height and width, got {dict(pad_size)}.")
+        # A plain string in the saved file, and in what it is compared with.
+        kwargs["format"] = format.value if isinstance(format, AnnotationFormat) else format
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        if kwargs.get("do_center_crop"):
+            raise ValueError(
+                "do_center_crop is not supported, boxes would be lost; crop before processing."
+            )
+        if kwargs.get("data_format") not in (None, "none", ChannelDimension.FIRST):
+            raise ValueError(
+                f"data_format must be 'channels_first', got {kwargs['data_format']!r}; the models "
+                "read no other layout."
+            )
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _preprocess_image_like_inputs(
+        self, images: Any, annotations: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        pictures = self._prepare_image_like_inputs(images, **kwargs)
+        return self._preprocess(pictures, annotations, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[Tensor],
+        annotations: Any,
+        *,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | int | None,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        format: str,
+        do_convert_annotations: bool,
+        disable_grouping: bool | None,
+        return_tensors: str | TensorType | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        # Arguments and annotations first: what is wrong with them fails before the costly part.
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = original_sizes
+        if do_resize:
+            sizes = [resized_size(original, size, pad_size) for original in original_sizes]
+        one_batch = do_pad or return_tensors is not None
+        if one_batch and not do_pad and len(set(sizes)) > 1:
+            raise ValueError(
+                f"Pictures of sizes {sorted(set(sizes))} cannot be stacked with do_pad=False; set "
+                "do_pad=True, or leave out return_tensors for a list of single pictures."
+            )
+        canvas_size = _canvas_size(sizes, pad_size if do_pad else None)
+        num_channels = _common_channels(images)
+        device = images[0].device
+        scale = rescale_factor if do_rescale else 1.0
+        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+        factor, offset = _factor_and_offset(scale, mean, std, num_channels, device)
+        labels = None
+        if annotations is not None:
+            labels = _prepare_all_labels(
+                annotations, format, original_sizes, sizes, do_convert_annotations, device
+            )
+
+        pictures = self._resize_groups(images, sizes, resample, bool(disable_grouping))
+
+        # Rescale and normalise straight into the place where the model reads it.
+        if one_batch:
+            canvas = factor.new_empty((len(sizes), num_channels, *canvas_size))
+            slots = [canvas[i, :, :height, :width] for i, (height, width) in enumerate(sizes)]
+        else:
+            canvas = slots = [factor.new_empty(picture.shape) for picture in pictures]
+        for slot, picture in zip(slots, pictures, strict=True):
+            slot.copy_(picture).mul_(factor).add_(offset)
+
+        data = {"pixel_values": canvas}
+        if do_pad:
+            _blank_padding(canvas, sizes)
+            data["pixel_mask"] = _pixel_mask(sizes, canvas_size, device)
+        if labels is not None:
+            data["labels"] = [_batch_feature(one_set, return_tensors) for one_set in labels]
+        return _batch_feature(data, return_tensors)
+
+    def _resize_groups(
+        self,
+        images: list[Tensor],
+        sizes: list[tuple[int, int]],
+        resample: PILImageResampling | int | None,
+        disable_grouping: bool,
+    ) -> list[Tensor]:
+        """Resize each picture to its size, those of one shape as one batch."""
+        resized = list(images)
+        for indices in _groups_of_one_shape(images, disable_grouping):
+            height, width = sizes[indices[0]]
+            if images[indices[0]].shape[-2:] == (height, width):
+                continue
+            stacked = _stack([images[index] for index in indices])
+            stacked = self.resize(stacked, SizeDict(height=height, width=width), resample)
+            for index, picture in zip(indices, stacked, strict=True):
+                resized[index] = picture
+        return resized
+
+
+def resized_size(
+    original_size: tuple[int, int], size: SizeDict, pad_size: SizeDict | None = None
+) -> tuple[int, int]:
+    """Size of a picture after resizing, never less than 1.
+
+    Args:
+        original_size: (height, width).
+        size: See :class:`DetectionImageProcessor`.
+        pad_size: The result fits into it, keeping the aspect ratio.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        ValueError: If ``size`` has other keys, or is a fixed size that ``pad_size`` cannot hold.
+    """
+    if size.height and size.width:
+        result = (size.height, size.width)
+        if pad_size is not None and not _fits(result, pad_size):
+            raise ValueError(
+                f"size is fixed to {result} (height, width), which does not fit into pad_size "
+                f"({pad_size.height}, {pad_size.width}); enlarge pad_size or reduce size."
+            )
+        return result
+    if size.max_height and size.max_width:
+        result = _largest_inside(original_size, size.max_height, size.max_width)
+    elif size.shortest_edge:
+        result = shortest_edge_size(original_size, size.shortest_edge, size.longest_edge)
+    else:
+        raise ValueError(
+            "size must have the keys shortest_edge (and longest_edge), or max_height and "
+            f"max_width, or height and width, got {dict(size)}."
+        )
+    if pad_size is not None and not _fits(result, pad_size):
+        result = _largest_inside(original_size, pad_size.height, pad_size.width)
+    return result
+
+
+def shortest_edge_size(
+    original_size: tuple[int, int], shortest_edge: int, longest_edge: int | None = None
+) -> tuple[int, int]:
+    """Size by the rule of DETR's authors: the short side is given, the long side limited.
+
+    Where the limit binds, the short side is rounded first and the long side follows from the
+    rounded one (200x500 with 800 and 1333 gives 533x1332); transformers computes it from the
+    unrounded one (533x1333). Rounding up can therefore exceed the limit by a few pixels, as with
+    the authors. Only where the short side would vanish does the limit hold exactly, and the short
+    side becomes 1.
+
+    Args:
+        original_size: (height, width).
+        shortest_edge: Short side after resizing, unless the limit binds.
+        longest_edge: Limit of the long side, or None.
+
+    Returns:
+        (height, width).
+    """
+    short, long = sorted(original_size)
+    new_short = shortest_edge
+    if longest_edge is not None and long / short * shortest_edge > longest_edge:
+        new_short = round(longest_edge * short / long)
+    if new_short == 0:
+        new_short, new_long = 1, longest_edge
+    elif short == new_short:
+        new_long = long
+    else:
+        new_long = int(new_short * long / short)
+    height, width = original_size
+    return (new_long, new_short) if height > width else (new_short, new_long)
+
+
+def decode_softmax_scores(
+    logits: Tensor, pred_boxes: Tensor, top_k: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read one detection per query: the best real class of a softmax.
+
+    The last column is "no object". It takes part in the softmax and is then dropped, so that a
+    query that sees nothing returns its best class with a low score. DETR (arXiv:2005.12872), Sec.
+    3.1.
+
+    Args:
+        logits: (batch, num_queries, num_labels + 1), raw.
+        pred_boxes: (batch, num_queries, 4), any format.
+        top_k: Keep the best of the queries; None keeps all.
+
+    Returns:
+        Scores (batch, n) in descending order, labels int64 (batch, n), boxes (batch, n, 4), where n
+        is num_queries or ``top_k``, whichever is less.
+    """
+    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    scores, order = scores[:, :top_k], order[:, :top_k]
+    return scores, labels.gather(1, order), _take_boxes(pred_boxes, order)
+
+
+def decode_sigmoid_scores(
+    logits: Tensor, pred_boxes: Tensor, top_k: int | None = 100
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the best pairs of query and class: every class is a detector of its own.
+
+    A query may be returned several times, with different classes. The way of the detectors that
+    train with focal loss, Deformable DETR (arXiv:2010.04159) and others.
+
+    Args:
+        logits: (batch, num_queries, num_labels), raw.
+        pred_boxes: (batch, num_queries, 4), any format.
+        top_k: How many pairs; None returns all.
+
+    Returns:
+        Scores (batch, n) in descending order, labels int64 (batch, n), boxes (batch, n, 4), where n
+        is num_queries * num_labels or ``top_k``, whichever is less.
+    """
+    num_labels = logits.shape[-1]
+    scores = logits.sigmoid().flatten(1)
+    num_pairs = scores.shape[1]
+    scores, pairs = scores.topk(num_pairs if top_k is None else min(top_k, num_pairs), dim=1)
+    queries = pairs // num_labels
+    return scores, pairs % num_labels, _take_boxes(pred_boxes, queries)
+
+
+def _take_boxes(boxes: Tensor, queries: Tensor) -> Tensor:
+    return boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+
+
+def _fits(size: tuple[int, int], pad_size: SizeDict) -> bool:
+    return size[0] <= pad_size.height and size[1] <= pad_size.width
+
+
+def _largest_inside(
+    original_size: tuple[int, int], max_height: int, max_width: int
+) -> tuple[int, int]:
+    """Largest size of the same aspect ratio inside a frame."""
+    # In integers: with a rounded factor the limiting side could miss its limit by one.
+    height, width = original_size
+    if max_height * width <= max_width * height:
+        return max_height, max(1, width * max_height // height)
+    return max(1, height * max_width // width), max_width
+
+
+def _prepare_all_labels(
+    annotations: Any,
+    format: str,
+    original_sizes: list[tuple[int, int]],
+    sizes: list[tuple[int, int]],
+    normalise_boxes: bool,
+    device: torch.device,
+) -> list[dict[str, Tensor]]:
+    if format != AnnotationFormat.COCO_DETECTION.value:
+        raise ValueError(
+            f"format must be 'coco_detection', got {format!r}; panoptic annotations are not "
+            "supported."
+        )
+    annotation_sets = match_annotations(annotations, len(sizes))
+    return [
+        prepare_labels(
+            annotation_set,
+            original_size=original_size,
+            resized_size=size,
+            normalise_boxes=normalise_boxes,
+            device=device,
+        )
+        for annotation_set, original_size, size in zip(
+            annotation_sets, original_sizes, sizes, strict=True
+        )
+    ]
+
+
+def _groups_of_one_shape(images: list[Tensor], disable_grouping: bool) -> list[list[int]]:
+    """Indices of pictures that can be stacked: equal in shape and also in type."""
+    if disable_grouping:
+        return [[index] for index in range(len(images))]
+    groups: dict[Any, list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault((image.shape, image.dtype), []).append(index)
+    return list(groups.values())
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """Stack pictures with their colours interleaved; resizing is twice as fast on that layout."""
+    if len(images) == 1:
+        return images[0][None]
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def _common_channels(images: Sequence[Tensor]) -> int:
+    counts = sorted({image.shape[0] for image in images})
+    if len(counts) > 1:
+        raise ValueError(
+            f"All pictures of a batch must have one number of channels, got {counts}; "
+            "do_convert_rgb=True gives every picture 3."
+        )
+    return counts[0]
+
+
+def _factor_and_offset(
+    scale: float,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    num_channels: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Rescaling and normalising as one multiplication and one addition, (channels, 1, 1) each."""
+    columns = []
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        column = torch.as_tensor(values, dtype=torch.float64).reshape(-1, 1, 1)
+        if len(column) not in (1, num_channels):
+            raise ValueError(
+                f"{name} must be one number or one per channel, got {len(column)} for "
+                f"{num_channels} channels."
+            )
+        columns.append(column)
+    mean, std = columns
+    if (std == 0).any():
+        raise ValueError("image_std must not contain 0.")
+    return (scale / std).float().to(device), (-mean / std).float().to(device)
+
+
+def _canvas_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None) -> tuple[int, int]:
+    if pad_size is None:
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
+    for index, size in enumerate(sizes):
+        if not _fits(size, pad_size):
+            raise ValueError(
+                f"Picture {index} has size {size} (height, width), which does not fit into "
+                f"pad_size ({pad_size.height}, {pad_size.width}); enlarge pad_size, or process "
+                "with do_resize=True and this pad_size, which makes pictures fit."
+            )
+    return pad_size.height, pad_size.width
+
+
+def _blank_padding(canvas: Tensor, sizes: list[tuple[int, int]]) -> None:
+    """Set what lies below and right of each picture to 0, in place; canvas (batch, ..., H, W)."""
+    # Cheaper than a canvas of zeros, whose memory would be written twice under the pictures.
+    for slot, (height, width) in zip(canvas, sizes, strict=True):
+        slot[..., height:, :] = 0
+        slot[..., :height, width:] = 0
+
+
+def _pixel_mask(
+    sizes: list[tuple[int, int]], canvas_size: tuple[int, int], device: torch.device
+) -> Tensor:
+    pixel_mask = torch.ones((len(sizes), *canvas_size), dtype=torch.int64, device=device)
+    _blank_padding(pixel_mask, sizes)
+    return pixel_mask
+
+
+def _read_target_sizes(target_sizes: Tensor | Sequence[Sequence[int]], boxes: Tensor) -> Tensor:
+    """Target sizes as float (batch, 2) on the device of the boxes."""
+    if not isinstance(target_sizes, Tensor):
+        target_sizes = torch.tensor([[float(side) for side in size] for size in target_sizes])
+    sizes = target_sizes.to(boxes.device, boxes.dtype)
+    if sizes.shape != (len(boxes), 2):
+        raise ValueError(
+            "target_sizes must hold one (height, width) per picture, shape "
+            f"{(len(boxes), 2)}, got {tuple(sizes.shape)}."
+        )
+    if not (sizes > 0).all():
+        raise ValueError(f"target_sizes must be positive, got {sizes.tolist()}.")
+    return sizes
+
+
+def _batch_feature(data: dict[str, Any], return_tensors: str | TensorType | None) -> BatchFeature:
+    """Wrap the data; tensors stay tensors unless another kind is asked for."""
+    if return_tensors in (None, "pt", TensorType.PYTORCH):
+        return BatchFeature(data)
+    labels = data.pop("labels", None)
+    feature = BatchFeature(data, tensor_type=return_tensors)
+    if labels is not None:
+        feature["labels"] = labels
+    return feature
