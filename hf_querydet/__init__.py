@@ -1,3 +1,26 @@
-"""Query-based object detectors for the Hugging Face ecosystem."""
+"""Query-based object detectors for the Hugging Face ecosystem.
+
+Importing the package registers every detector with transformers' Auto classes and pipelines.
+"""
+
+from hf_querydet.models.detr import (
+    DETRConfig,
+    DETRForObjectDetection,
+    DETRImageProcessor,
+    DETRModel,
+)
+from hf_querydet.registration import VARIANTS, load_detector, register, variant_of
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "DETRConfig",
+    "DETRForObjectDetection",
+    "DETRImageProcessor",
+    "DETRModel",
+    "load_detector",
+    "variant_of",
+]
+
+register()

@@ -11,16 +11,19 @@ class DetectorModelOutput(ModelOutput):
     """Output of a detector without its prediction heads.
 
     Attributes:
-        last_hidden_state: Object queries after the last decoder layer, (batch, num_queries, d_model).
+        last_hidden_state: Object queries after the last decoder layer, (batch, num_queries,
+            d_model).
         intermediate_hidden_states: Object queries after every decoder layer as the heads read them,
             (decoder_layers, batch, num_queries, d_model).
         encoder_last_hidden_state: Memory, (batch, num_tokens, d_model).
-        decoder_hidden_states: Inputs of all decoder layers and the output of the last, if asked for.
+        decoder_hidden_states: Inputs of all decoder layers and the output of the last, if asked
+            for.
         decoder_attentions: Self-attention weights of the queries per layer, (batch, heads,
             num_queries, num_queries), if asked for (needs ``attn_implementation="eager"``).
         cross_attentions: Attention from queries to memory per layer, (batch, heads, num_queries,
             num_tokens), if asked for.
-        encoder_hidden_states: Inputs of all encoder layers and the output of the last, if asked for.
+        encoder_hidden_states: Inputs of all encoder layers and the output of the last, if asked
+            for.
         encoder_attentions: Encoder self-attention per layer, if asked for.
     """
 
@@ -39,8 +42,8 @@ class SetPredictions(ModelOutput):
     """Predictions of one or more layers for the same pictures, what the set criterion consumes.
 
     Attributes:
-        logits: (layers, batch, num_queries, num_classes), raw; softmax detectors have one class more
-            than labels, the last being "no object".
+        logits: (layers, batch, num_queries, num_classes), raw; softmax detectors have one class
+            more than labels, the last being "no object".
         pred_boxes: (layers, batch, num_queries, 4), normalised cxcywh in [0, 1].
     """
 
@@ -57,8 +60,8 @@ class DetectionOutput(ModelOutput):
 
     Attributes:
         loss: Weighted sum of all loss terms, scalar, when ``labels`` are given.
-        loss_dict: The unweighted terms by name: ``loss_ce``, ``loss_bbox``, ``loss_giou`` for the last
-            layer, with suffix ``_0``, ``_1``, ... for the layers before it.
+        loss_dict: The unweighted terms by name: ``loss_ce``, ``loss_bbox``, ``loss_giou`` for the
+            last layer, with suffix ``_0``, ``_1``, ... for the layers before it.
         logits: (batch, num_queries, num_labels), or one column more for softmax detectors.
         pred_boxes: (batch, num_queries, 4), normalised cxcywh relative to the unpadded picture.
         auxiliary_outputs: Predictions of the layers before the last; present when ``labels`` are

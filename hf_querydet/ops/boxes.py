@@ -1,7 +1,7 @@
 """Boxes: formats, overlaps, and the logit space in which detectors refine them.
 
-Every box tensor ends in a dimension of 4. ``cxcywh`` is (centre x, centre y, width, height), ``xyxy``
-is (left, top, right, bottom). Nothing here depends on the unit.
+Every box tensor ends in a dimension of 4. ``cxcywh`` is (centre x, centre y, width, height),
+``xyxy`` is (left, top, right, bottom). Nothing here depends on the unit.
 """
 
 import torch
@@ -65,8 +65,8 @@ def generalized_box_iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
 def inverse_sigmoid(probability: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of a probability, with both ends clamped to ``eps`` so that it stays finite.
 
-    The clamp is the one of Deformable DETR (arXiv:2010.04159): the numerator and the denominator are
-    bounded below by ``eps``, each on its own.
+    The clamp is the one of Deformable DETR (arXiv:2010.04159): the numerator and the denominator
+    are bounded below by ``eps``, each on its own.
     """
     probability = probability.clamp(0, 1)
     return torch.log(probability.clamp(min=eps) / (1 - probability).clamp(min=eps))

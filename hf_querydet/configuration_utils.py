@@ -1,0 +1,169 @@
+"""What every detector's configuration has in common: the backbone, the matching and the loss."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.resnet import ResNetConfig
+from transformers.models.timm_backbone import TimmBackboneConfig
+
+# The ImageNet weights of the papers are torchvision's first ones. timm's plain "resnet50" points to
+# weights of a later recipe.
+DEFAULT_BACKBONE = "resnet50.tv_in1k"
+BACKBONE_NORMS = ("frozen", "batch")
+
+
+@strict
+class DetectorConfig(PreTrainedConfig):
+    """Base configuration of all detectors.
+
+    A backbone is named in one of three ways: ``backbone_config`` (a configuration or its
+    dictionary), ``backbone="resnet50.tv_in1k"`` (a timm model), or
+    ``backbone="microsoft/resnet-50"`` with ``use_timm_backbone=False`` (a transformers model).
+    ``backbone``, ``use_timm_backbone`` and ``backbone_kwargs`` are read once and end up in
+    ``backbone_config``.
+
+    Freezing belongs to pretrained weights: ``backbone_norm`` and ``frozen_backbone_stages`` default
+    to ``"frozen"`` and 2 with ``use_pretrained_backbone=True``, as in the papers, and to
+    ``"batch"`` and 0 for a backbone that starts from random weights, which has to be trained whole.
+
+    Attributes:
+        backbone_config: Architecture of the backbone and the stages it returns.
+        num_channels: Channels of a picture.
+        use_pretrained_backbone: Load the backbone's published weights when a model is built from
+            this configuration. ``from_pretrained`` never does: its weights are in the checkpoint.
+        dilation: Keep the stride of the last backbone stage at 16 by dilated convolutions (the
+            papers' DC5); needs a timm backbone.
+        backbone_norm: ``"frozen"`` (statistics and affine terms are constants) or ``"batch"``.
+        frozen_backbone_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first
+            stage, and so on. Normalisation inside frozen stages is frozen too.
+        num_queries: Object queries, the largest number of objects found in one picture.
+        d_model: Channels of a token.
+        auxiliary_loss: Train every decoder layer on its own predictions. Never changes the forward.
+        class_cost: Weight of the class term when predictions are assigned to objects.
+        bbox_cost: Weight of the L1 distance there.
+        giou_cost: Weight of the generalised IoU there.
+        cls_loss_coefficient: Weight of the classification loss.
+        bbox_loss_coefficient: Weight of the L1 loss.
+        giou_loss_coefficient: Weight of the generalised IoU loss.
+    """
+
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "loss_dict",
+        "auxiliary_outputs",
+        "last_hidden_state",
+        "intermediate_hidden_states",
+        "encoder_last_hidden_state",
+        "decoder_hidden_states",
+        "decoder_attentions",
+        "cross_attentions",
+        "encoder_hidden_states",
+        "encoder_attentions",
+    ]
+    # Stages of the backbone that the variant reads, counted from the stem (0).
+    backbone_stages: ClassVar[tuple[int, ...]] = (4,)
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    num_channels: int = 3
+    use_pretrained_backbone: bool = False
+    dilation: bool = False
+    backbone_norm: str | None = None
+    frozen_backbone_stages: int | None = None
+    num_queries: int = 100
+    d_model: int = 256
+    auxiliary_loss: bool = True
+    class_cost: float | int = 1.0
+    bbox_cost: float | int = 5.0
+    giou_cost: float | int = 2.0
+    cls_loss_coefficient: float | int = 1.0
+    bbox_loss_coefficient: float | int = 5.0
+    giou_loss_coefficient: float | int = 2.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Resolve the backbone and the defaults that follow from it."""
+        # The type that the configuration file names. transformers would put it on the instance,
+        # where a foreign one ("detr") would select foreign weight conversions.
+        file_type = kwargs.pop("model_type", self.model_type)
+        is_foreign = file_type not in ("", self.model_type)
+        if self.id2label is not None:
+            if kwargs.get("num_labels") not in (None, len(self.id2label)):
+                # Another number of labels: the names that came with the file no longer apply.
+                self.id2label = self.label2id = None
+            elif self.label2id is None:
+                self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        self._resolve_backbone(
+            kwargs.pop("backbone", None),
+            kwargs.pop("use_timm_backbone", None),
+            kwargs.pop("backbone_kwargs", None) or {},
+        )
+        has_trained_backbone = self.use_pretrained_backbone or is_foreign
+        if self.backbone_norm is None:
+            self.backbone_norm = "frozen" if has_trained_backbone else "batch"
+        if self.frozen_backbone_stages is None:
+            self.frozen_backbone_stages = 2 if has_trained_backbone else 0
+        if is_foreign:
+            # transformers writes its default there without anyone having chosen it. A keyword of
+            # from_pretrained is applied after this and wins.
+            self.auxiliary_loss = True
+            self.is_encoder_decoder = False
+        super().__post_init__(**kwargs)
+
+    def _resolve_backbone(
+        self, name: str | None, use_timm: bool | None, options: dict[str, Any]
+    ) -> None:
+        if isinstance(self.backbone_config, dict):
+            fields = dict(self.backbone_config)
+            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        elif self.backbone_config is None:
+            stages = list(options.get("out_indices") or self.backbone_stages)
+            if use_timm is False:
+                self.backbone_config = (
+                    ResNetConfig(out_indices=stages)
+                    if name is None
+                    else AutoConfig.from_pretrained(name, out_indices=stages)
+                )
+            else:
+                self.backbone_config = TimmBackboneConfig(
+                    backbone=name or DEFAULT_BACKBONE,
+                    num_channels=self.num_channels,
+                    out_indices=stages,
+                    output_stride=options.get("output_stride"),
+                )
+        elif name is not None:
+            raise ValueError(
+                f"backbone={name!r} and backbone_config were both given; name the backbone once."
+            )
+        if self.dilation:
+            self._dilate()
+
+    def _dilate(self) -> None:
+        if self.backbone_config.model_type != "timm_backbone":
+            raise ValueError(
+                "dilation=True needs a timm backbone, got a backbone of type "
+                f"{self.backbone_config.model_type!r}; pass backbone='{DEFAULT_BACKBONE}'."
+            )
+        self.backbone_config.output_stride = self.backbone_config.output_stride or 16
+
+    def validate_architecture(self) -> None:
+        """Check the fields against one another.
+
+        Raises:
+            ValueError: Naming the field, its value and what is possible.
+        """
+        if self.backbone_norm not in BACKBONE_NORMS:
+            raise ValueError(
+                f"backbone_norm must be one of {BACKBONE_NORMS}, got {self.backbone_norm!r}."
+            )
+        if self.frozen_backbone_stages < 0:
+            raise ValueError(
+                "frozen_backbone_stages must be 0 or more (2 = stem and first stage), "
+                f"got {self.frozen_backbone_stages}."
+            )
+        if self.num_queries < 1:
+            raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
+        if self.class_cost == self.bbox_cost == self.giou_cost == 0:
+            raise ValueError(
+                "class_cost, bbox_cost and giou_cost are all 0, so nothing decides which query is "
+                "assigned to which object; set at least one above 0."
+            )

@@ -1,0 +1,254 @@
+"""The convolutional backbone: timm or transformers, its normalisation, what of it is trained."""
+
+import logging
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+STEM_NAMES = ("embedder", "embeddings")
+FIRST_STAGE_STRIDE = 4
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine terms are constants.
+
+    All four are buffers: never trained, never decayed, the same in training and evaluation. DETR
+    (arXiv:2005.12872), Appendix A.4. One fused kernel, where multiplying and adding takes two
+    passes.
+
+    Args:
+        num_features: Channels.
+        eps: Added to the variance.
+        activation: Applied to the result, for norms of timm that bring their activation along.
+    """
+
+    def __init__(
+        self, num_features: int, *, eps: float = 1e-5, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.activation = activation
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "FrozenBatchNorm2d":
+        """Freeze a batch norm with the values that it has now."""
+        frozen = cls(norm.num_features, eps=norm.eps, activation=getattr(norm, "act", None))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = getattr(norm, name)
+            if value is not None:
+                setattr(frozen, name, value.detach().clone())
+        return frozen
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise (batch, channels, height, width) to the same shape."""
+        features = F.batch_norm(
+            features, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+        return features if self.activation is None else self.activation(features)
+
+
+class Backbone(nn.Module):
+    """A feature extractor of timm or transformers behind one interface.
+
+    Args:
+        config: What ``AutoBackbone`` builds from, with the stages to return.
+        pretrained: Load the published weights. Ignored while a checkpoint is being loaded (the
+            model is then built on the meta device), because the checkpoint brings its own.
+        norm: ``"frozen"`` or ``"batch"``.
+        num_frozen_stages: 0 trains all, 1 freezes the stem, 2 stem and first stage, and so on.
+
+    Attributes:
+        body: The wrapped ``AutoBackbone``.
+        channels: Channels of each returned feature map.
+
+    Raises:
+        ValueError: If stages are to be frozen in an architecture whose stages cannot be told, or
+            pretrained weights are wanted from a backbone that no published name is known of.
+        OSError: If the pretrained weights cannot be had.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, *, pretrained: bool, norm: str, num_frozen_stages: int
+    ) -> None:
+        super().__init__()
+        self.body = AutoBackbone.from_config(config)
+        self.channels = list(self.body.channels)
+        if pretrained and not _on_meta_device(self.body):
+            _load_published_weights(self.body)
+        self.num_frozen_stages = num_frozen_stages
+        if norm == "frozen":
+            freeze_batch_norm(self.body)
+        else:
+            freeze_batch_norm(self.body, inside=self._frozen_stages())
+        self.freeze_stages()
+
+    def freeze_stages(self) -> None:
+        """Exclude the parameters of the frozen stages from training.
+
+        Done at construction; to be repeated when parameters have been replaced, as loading does.
+        """
+        for module in self._frozen_stages():
+            module.requires_grad_(False)
+
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Extract feature maps.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
+
+        Returns:
+            Per stage, from fine to coarse: the map (batch, channels, height, width) and its padding
+            mask (batch, height, width), True = padding, or None without ``pixel_mask``.
+        """
+        maps = self.body(pixel_values).feature_maps
+        return [(features, resize_padding_mask(pixel_mask, features)) for features in maps]
+
+    def _frozen_stages(self) -> list[nn.Module]:
+        return _leading_stages(self.body, self.num_frozen_stages)
+
+
+def resize_padding_mask(pixel_mask: Tensor | None, features: Tensor) -> Tensor | None:
+    """Padding mask of a feature map: nearest resize of the pixel mask, inverted.
+
+    Args:
+        pixel_mask: (batch, height, width), 1 = picture, or None.
+        features: (batch, channels, map_height, map_width).
+
+    Returns:
+        (batch, map_height, map_width), True = padding, or None.
+    """
+    if pixel_mask is None:
+        return None
+    # In float, because that is what interpolate takes; "nearest" is the authors' rule,
+    # floor(index * in / out).
+    resized = F.interpolate(pixel_mask[None].float(), size=features.shape[-2:], mode="nearest")
+    return resized[0] == 0
+
+
+def freeze_batch_norm(module: nn.Module, *, inside: list[nn.Module] | None = None) -> None:
+    """Replace batch norms below ``module`` by :class:`FrozenBatchNorm2d`, in place.
+
+    Args:
+        module: Root, itself not replaced.
+        inside: Replace only these modules and what lies below them; None replaces all.
+    """
+    for name, child in module.named_children():
+        applies = inside is None or child in inside
+        if not isinstance(child, nn.BatchNorm2d):
+            freeze_batch_norm(child, inside=None if applies else inside)
+        elif applies:
+            setattr(module, name, FrozenBatchNorm2d.from_batch_norm(child))
+
+
+def _on_meta_device(module: nn.Module) -> bool:
+    return next(module.parameters()).is_meta
+
+
+def _is_timm(body: PreTrainedModel) -> bool:
+    return body.config.model_type == "timm_backbone"
+
+
+def _load_published_weights(body: PreTrainedModel) -> None:
+    source = body.config.backbone if _is_timm(body) else body.config.name_or_path
+    if not source:
+        raise ValueError(
+            "use_pretrained_backbone=True does not know which weights to load: the backbone_config "
+            "has no name. Name a published backbone, for instance backbone='microsoft/resnet-50' "
+            "with use_timm_backbone=False, or build the config with AutoConfig.from_pretrained."
+        )
+    try:
+        weights = _published_weights(body, source)
+    except Exception as error:
+        # Each hub client fails in its own way (no network, no such model, offline mode).
+        raise OSError(
+            f"The pretrained weights of the backbone {source!r} could not be loaded "
+            f"({type(error).__name__}: {error}). Connect to the network, name a backbone whose "
+            "weights are on this machine, or pass use_pretrained_backbone=False to start from "
+            "random weights."
+        ) from error
+    body.load_state_dict(weights)
+    logger.info("Loaded the pretrained weights of the backbone %s.", source)
+
+
+def _published_weights(body: PreTrainedModel, source: str) -> dict[str, Tensor]:
+    if not _is_timm(body):
+        return AutoBackbone.from_pretrained(source, config=body.config).state_dict()
+    model = timm.create_model(
+        source,
+        pretrained=True,
+        features_only=True,
+        in_chans=body.config.num_channels,
+        out_indices=tuple(body.config.out_indices),
+        output_stride=body.config.output_stride,
+    )
+    return {f"_backbone.{name}": value for name, value in model.state_dict().items()}
+
+
+def _leading_stages(body: PreTrainedModel, num_stages: int) -> list[nn.Module]:
+    """Modules of the stem and the stages after it, ``num_stages`` in all with the stem."""
+    if num_stages == 0:
+        return []
+    stages = _timm_stages(body._backbone) if _is_timm(body) else _transformers_stages(body)
+    if stages is None:
+        raise ValueError(
+            f"frozen_backbone_stages is {num_stages}, but the stages of "
+            f"{type(getattr(body, '_backbone', body)).__name__} cannot be told apart; "
+            "set frozen_backbone_stages=0."
+        )
+    if num_stages > len(stages):
+        raise ValueError(
+            f"frozen_backbone_stages is {num_stages}, but the backbone has {len(stages)} stages "
+            "with its stem."
+        )
+    return [module for stage in stages[:num_stages] for module in stage]
+
+
+def _timm_stages(body: nn.Module) -> list[list[nn.Module]] | None:
+    """Children of a timm feature extractor, grouped into stem and stages.
+
+    timm lists the modules that end a feature level, with their stride. What lies before the first
+    level of stride 4 is the stem, in networks that list a level inside their stem (ResNet) and in
+    those that do not (ConvNeXt).
+    """
+    children = dict(body.named_children())
+    levels = [level for level in body.feature_info.info if level["reduction"] >= FIRST_STAGE_STRIDE]
+    ends = [level["module"].replace(".", "_") for level in levels]
+    # The extractor drops what comes after the last level it returns.
+    ends = [end for end in ends if end in children]
+    if not ends:
+        return None
+    stages: list[list[nn.Module]] = [[]]
+    remaining = iter(children.items())
+    for end in ends:
+        block: list[nn.Module] = []
+        for name, child in remaining:
+            block.append(child)
+            if name == end:
+                break
+        # The first block holds the stem as well: all but the module that ends it.
+        if len(stages) == 1 and not stages[0]:
+            stages[0] = block[:-1]
+            block = block[-1:]
+        stages.append(block)
+    return stages
+
+
+def _transformers_stages(body: PreTrainedModel) -> list[list[nn.Module]] | None:
+    stem = next((getattr(body, name) for name in STEM_NAMES if hasattr(body, name)), None)
+    encoder = getattr(body, "encoder", None)
+    stages = getattr(encoder, "stages", None) or getattr(encoder, "layers", None)
+    if stem is None or stages is None or len(stages) != len(body.stage_names) - 1:
+        return None
+    return [[stem], *([stage] for stage in stages)]

@@ -1,0 +1,68 @@
+"""The two kinds of stacked linear layers in a detection transformer."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class FeedForward(nn.Module):
+    """Position-wise block of a transformer layer: expand, activate, contract, add, normalise.
+
+    Post-norm, as in all released detection transformers (arXiv:1706.03762, Sec. 3.3).
+
+    Args:
+        hidden_size: Channels in and out.
+        inner_size: Channels between the two linear layers.
+        activation: Name of the activation, ``"relu"`` in the papers.
+        dropout: Dropout before the residual sum.
+        activation_dropout: Dropout after the activation.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        inner_size: int,
+        activation: str = "relu",
+        dropout: float,
+        activation_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.expand = nn.Linear(hidden_size, inner_size)
+        self.activation = ACT2FN[activation]
+        self.activation_dropout = nn.Dropout(activation_dropout)
+        self.contract = nn.Linear(inner_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Transform every token on its own, (..., hidden_size) to the same shape."""
+        update = self.activation_dropout(self.activation(self.expand(hidden_states)))
+        return self.norm(hidden_states + self.dropout(self.contract(update)))
+
+
+class MLP(nn.Module):
+    """Linear layers with a ReLU between each two, for instance the box head of DETR.
+
+    Args:
+        input_size: Channels in.
+        hidden_size: Channels between the layers.
+        output_size: Channels out.
+        num_layers: Number of linear layers.
+    """
+
+    def __init__(
+        self, *, input_size: int, hidden_size: int, output_size: int, num_layers: int
+    ) -> None:
+        super().__init__()
+        sizes = [input_size, *[hidden_size] * (num_layers - 1), output_size]
+        self.layers = nn.ModuleList(
+            nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Apply the layers, (..., input_size) to (..., output_size)."""
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states).relu()
+        return self.layers[-1](hidden_states)

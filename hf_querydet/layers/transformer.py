@@ -1,0 +1,74 @@
+"""The encoder layer that DETR and Conditional DETR share."""
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_querydet.layers.attention import MultiHeadAttention
+from hf_querydet.layers.feed_forward import FeedForward
+
+
+class TransformerEncoderLayer(GradientCheckpointingLayer):
+    """Post-norm encoder layer: self-attention with positions on query and key, then feed-forward.
+
+    DETR (arXiv:2005.12872), Fig. 10.
+
+    Args:
+        config: For the attention implementation only, see :class:`MultiHeadAttention`.
+        hidden_size: Channels of a token.
+        num_heads: Attention heads.
+        inner_size: Inner channels of the feed-forward block.
+        activation: Activation of the feed-forward block.
+        dropout: Dropout on the output of both blocks.
+        attention_dropout: Dropout on attention weights.
+        activation_dropout: Dropout inside the feed-forward block.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        inner_size: int,
+        activation: str,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(
+            config, hidden_size=hidden_size, num_heads=num_heads, dropout=attention_dropout
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.self_attention_norm = nn.LayerNorm(hidden_size)
+        self.feed_forward = FeedForward(
+            hidden_size=hidden_size,
+            inner_size=inner_size,
+            activation=activation,
+            dropout=dropout,
+            activation_dropout=activation_dropout,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode tokens.
+
+        Args:
+            hidden_states: (batch, num_tokens, hidden_size).
+            position_embeddings: Broadcastable to the same shape.
+            attention_mask: (batch, 1, 1, num_tokens), True = attend.
+
+        Returns:
+            Tokens of the same shape, and the attention weights if the implementation returns them.
+        """
+        query_and_key = hidden_states + position_embeddings
+        update, weights = self.self_attention(
+            query_and_key, query_and_key, hidden_states, attention_mask
+        )
+        hidden_states = self.self_attention_norm(hidden_states + self.dropout(update))
+        return self.feed_forward(hidden_states), weights

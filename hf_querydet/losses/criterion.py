@@ -1,0 +1,352 @@
+"""The set criterion: assign predictions to objects, then sum the loss terms of all layers.
+
+L layers, B pictures, Q queries, T objects (the largest number in a picture), N matched pairs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_querydet.losses.detection_losses import no_object_cross_entropy, sigmoid_focal_loss
+from hf_querydet.losses.matching import assign, box_cost, focal_class_cost, softmax_class_cost
+from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy, generalized_box_iou
+from hf_querydet.outputs import SetPredictions
+
+Labels = Sequence[Mapping[str, Tensor]]
+# Rounding of clipped boxes; a box in pixels exceeds 1 by far more.
+BOX_TOLERANCE = 1e-3
+
+
+class Classification(Protocol):
+    """How a detector scores classes: matching cost, loss, and what the loss is divided by."""
+
+    def num_labels(self, logits: Tensor) -> int:
+        """Object classes that ``logits`` (..., classes) distinguish."""
+
+    def cost(self, logits: Tensor, class_labels: Tensor) -> Tensor:
+        """Matching cost (L, B, Q, T) of logits (L, B, Q, C) and labels (B, T)."""
+
+    def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
+        """Loss sum per layer, (L,). ``target_classes`` (L, B, Q) is -1 where no object is."""
+
+    def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
+        """What one layer's loss on this process is divided by, before averaging over processes."""
+
+
+@dataclass(frozen=True)
+class SoftmaxClassification:
+    """Softmax over the labels and "no object" (DETR).
+
+    Attributes:
+        no_object_weight: Weight of "no object" in the cross-entropy.
+    """
+
+    no_object_weight: float
+
+    def num_labels(self, logits: Tensor) -> int:
+        """All classes but the last, which is "no object"."""
+        return logits.shape[-1] - 1
+
+    def cost(self, logits: Tensor, class_labels: Tensor) -> Tensor:
+        """See :func:`softmax_class_cost`."""
+        return softmax_class_cost(logits, class_labels)
+
+    def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
+        """See :func:`no_object_cross_entropy`."""
+        classes = torch.where(target_classes < 0, logits.shape[-1] - 1, target_classes)
+        loss = no_object_cross_entropy(logits, classes, no_object_weight=self.no_object_weight)
+        return loss.sum((1, 2))
+
+    def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
+        """Sum of the class weights, which makes the loss a weighted mean."""
+        return num_matched + self.no_object_weight * (num_queries - num_matched)
+
+
+@dataclass(frozen=True)
+class FocalClassification:
+    """Independent sigmoid per label with focal loss (Deformable DETR and those after it).
+
+    Attributes:
+        alpha: Weight of positives in the loss. The matching cost uses 0.25 whatever is set here, as
+            in the authors' code.
+        gamma: Exponent of the focal loss.
+    """
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def num_labels(self, logits: Tensor) -> int:
+        """All classes."""
+        return logits.shape[-1]
+
+    def cost(self, logits: Tensor, class_labels: Tensor) -> Tensor:
+        """See :func:`focal_class_cost`."""
+        return focal_class_cost(logits, class_labels)
+
+    def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
+        """See :func:`sigmoid_focal_loss`."""
+        # One class more than there are takes the queries without an object, and is cut off.
+        num_labels = logits.shape[-1]
+        classes = torch.where(target_classes < 0, num_labels, target_classes)
+        targets = F.one_hot(classes, num_labels + 1)[..., :num_labels].to(logits.dtype)
+        return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma).sum(
+            (1, 2, 3)
+        )
+
+    def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
+        """Number of objects."""
+        return max(num_objects, 1)
+
+
+class SetCriterion:
+    """Loss of set prediction: bipartite matching, then classification, L1 and generalised IoU.
+
+    DETR (arXiv:2005.12872), Eqs. 1 and 2 and Appendix A.2. Every layer is matched anew. All is
+    computed in float32. The costs of all layers reach the host in one transfer.
+
+    Box terms are divided by the number of objects averaged over processes (at least 1), so that
+    the gradient, which is averaged over processes too, is that of one process with the whole
+    batch. The softmax classification is divided by its weight sum, averaged in the same
+    reduction; the authors' code divides by each process's own.
+
+    Args:
+        classification: :class:`SoftmaxClassification` or :class:`FocalClassification`.
+        class_cost: Weight of the class term in the matching.
+        bbox_cost: Weight of the L1 distance in the matching.
+        giou_cost: Weight of the generalised IoU in the matching.
+        cls_loss_coefficient: Weight of ``loss_ce`` in the sum.
+        bbox_loss_coefficient: Weight of ``loss_bbox`` in the sum.
+        giou_loss_coefficient: Weight of ``loss_giou`` in the sum.
+    """
+
+    def __init__(
+        self,
+        classification: Classification,
+        *,
+        class_cost: float,
+        bbox_cost: float,
+        giou_cost: float,
+        cls_loss_coefficient: float,
+        bbox_loss_coefficient: float,
+        giou_loss_coefficient: float,
+    ) -> None:
+        self.classification = classification
+        self.class_cost = class_cost
+        self.bbox_cost = bbox_cost
+        self.giou_cost = giou_cost
+        self.coefficients = {
+            "loss_ce": cls_loss_coefficient,
+            "loss_bbox": bbox_loss_coefficient,
+            "loss_giou": giou_loss_coefficient,
+        }
+
+    def __call__(
+        self,
+        predictions: SetPredictions,
+        labels: Labels,
+        *,
+        encoder_predictions: SetPredictions | None = None,
+        encoder_labels: Labels | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss.
+
+        Args:
+            predictions: Of one or more decoder layers, the last one final.
+            labels: A mapping per picture with ``class_labels`` (targets,) and ``boxes`` (targets,
+                4), normalised cxcywh.
+            encoder_predictions: Of a two-stage detector's encoder, one layer.
+            encoder_labels: What these are matched to, if not ``labels``.
+
+        Returns:
+            The weighted sum, and the unweighted terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` of
+            the final layer, suffix ``_0``, ``_1``, ... for the layers before it, ``_enc`` for the
+            encoder.
+
+        Raises:
+            ValueError: If labels have the wrong form, a class out of range, or a box that is not
+                normalised.
+        """
+        encoder_labels = labels if encoder_labels is None else encoder_labels
+        # Mixed precision would take the costs and the losses to half precision.
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            num_layers = len(predictions.logits)
+            suffixes = [*(f"_{layer}" for layer in range(num_layers - 1)), ""]
+            groups = [_Group.build(predictions, labels, suffixes)]
+            if encoder_predictions is not None:
+                groups.append(_Group.build(encoder_predictions, encoder_labels, ["_enc"]))
+            matches = self._match(groups)
+            num_boxes, *normalizers = self._normalizers(groups)
+
+            total = predictions.logits.new_zeros((), dtype=torch.float32)
+            loss_dict: dict[str, Tensor] = {}
+            for group, pairs, normalizer in zip(groups, matches, normalizers, strict=True):
+                terms = self._loss_sums(group, pairs)
+                terms["loss_ce"] = terms["loss_ce"] / normalizer
+                terms["loss_bbox"] = terms["loss_bbox"] / num_boxes
+                terms["loss_giou"] = terms["loss_giou"] / num_boxes
+                for name, values in terms.items():
+                    total = total + self.coefficients[name] * values.sum()
+                for layer, suffix in enumerate(group.suffixes):
+                    loss_dict |= {name + suffix: values[layer] for name, values in terms.items()}
+        return total, loss_dict
+
+    @torch.no_grad()
+    def _match(self, groups: list["_Group"]) -> list[Tensor]:
+        """Matched pairs of each group, (4, N): layer, picture, query, object."""
+        costs = [self._cost(group) for group in groups]
+        # The labels travel along, so that they are checked without a transfer of their own.
+        parts = [*costs, *(group.labels.class_labels.float() for group in groups)]
+        parts += [group.labels.boxes for group in groups]
+        on_host = torch.cat([part.flatten() for part in parts]).cpu()
+        arrays = [
+            values.view(part.shape).numpy()
+            for values, part in zip(
+                on_host.split([part.numel() for part in parts]), parts, strict=True
+            )
+        ]
+        num_groups = len(groups)
+        matches = []
+        for i, group in enumerate(groups):
+            class_labels, boxes = arrays[num_groups + i], arrays[2 * num_groups + i]
+            num_labels = self.classification.num_labels(group.logits)
+            _check_values(class_labels, boxes, num_labels)
+            pairs = torch.from_numpy(np.stack(assign(arrays[i], group.labels.counts)))
+            matches.append(pairs.to(group.logits.device, non_blocking=True))
+        return matches
+
+    def _cost(self, group: "_Group") -> Tensor:
+        boxes = box_cost(
+            group.pred_boxes,
+            group.labels.boxes,
+            bbox_cost=self.bbox_cost,
+            giou_cost=self.giou_cost,
+        )
+        classes = self.classification.cost(group.logits, group.labels.class_labels)
+        return self.class_cost * classes + boxes
+
+    def _normalizers(self, groups: list["_Group"]) -> Tensor:
+        """Number of boxes, then each group's classification normaliser, averaged over processes."""
+        values = [float(groups[0].labels.num_objects)]
+        for group in groups:
+            num_queries = group.logits.shape[2]
+            values.append(
+                self.classification.normalizer(
+                    num_queries=num_queries * len(group.labels.counts),
+                    num_matched=sum(min(count, num_queries) for count in group.labels.counts),
+                    num_objects=group.labels.num_objects,
+                )
+            )
+        normalizers = torch.tensor(values, device=groups[0].logits.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(normalizers)
+            normalizers /= dist.get_world_size()
+        # No object anywhere: the box terms are sums over nothing and must not become 0 / 0.
+        normalizers[0].clamp_(min=1)
+        return normalizers
+
+    def _loss_sums(self, group: "_Group", pairs: Tensor) -> dict[str, Tensor]:
+        """Sum of each term per layer, (L,)."""
+        layer, picture, query, target = pairs
+        target_classes = torch.full(
+            group.logits.shape[:3], -1, dtype=torch.int64, device=group.logits.device
+        )
+        target_classes[layer, picture, query] = group.labels.class_labels[picture, target]
+        pred_boxes = group.pred_boxes[layer, picture, query]  # (N, 4)
+        target_boxes = group.labels.boxes[picture, target]
+        distance = (pred_boxes - target_boxes).abs().sum(-1)
+        giou = generalized_box_iou(
+            boxes_cxcywh_to_xyxy(pred_boxes), boxes_cxcywh_to_xyxy(target_boxes)
+        )
+        per_layer = group.logits.new_zeros(len(group.logits))
+        return {
+            "loss_ce": self.classification.loss(group.logits, target_classes),
+            "loss_bbox": per_layer.index_add(0, layer, distance),
+            "loss_giou": per_layer.index_add(0, layer, 1 - giou),
+        }
+
+
+@dataclass(frozen=True)
+class _PaddedLabels:
+    """Labels of a batch, filled up to the same number of objects."""
+
+    class_labels: Tensor  # (B, T)
+    boxes: Tensor  # (B, T, 4)
+    counts: list[int]
+
+    @property
+    def num_objects(self) -> int:
+        return sum(self.counts)
+
+    @classmethod
+    def build(cls, labels: Labels, batch_size: int, device: torch.device) -> "_PaddedLabels":
+        if len(labels) != batch_size:
+            raise ValueError(
+                f"labels must hold one entry per picture, got {len(labels)} for {batch_size} "
+                "pictures."
+            )
+        for index, label in enumerate(labels):
+            _check_form(index, label)
+        return cls(
+            pad_sequence([label["class_labels"].to(device) for label in labels], batch_first=True),
+            pad_sequence([label["boxes"].to(device).float() for label in labels], batch_first=True),
+            [len(label["class_labels"]) for label in labels],
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Predictions of L layers that share their number of queries, and what they are matched to."""
+
+    logits: Tensor  # (L, B, Q, C)
+    pred_boxes: Tensor  # (L, B, Q, 4)
+    labels: _PaddedLabels
+    suffixes: list[str]
+
+    @classmethod
+    def build(cls, predictions: SetPredictions, labels: Labels, suffixes: list[str]) -> "_Group":
+        logits = predictions.logits.float()
+        padded = _PaddedLabels.build(labels, logits.shape[1], logits.device)
+        return cls(logits, predictions.pred_boxes.float(), padded, suffixes)
+
+
+def _check_form(index: int, label: Mapping[str, Tensor]) -> None:
+    for name in ("class_labels", "boxes"):
+        if name not in label:
+            raise ValueError(
+                f"labels[{index}] has no {name!r}; it must map class_labels (targets,) and boxes "
+                "(targets, 4) to tensors, as the image processor makes them from annotations."
+            )
+    class_labels, boxes = label["class_labels"], label["boxes"]
+    if class_labels.ndim != 1 or boxes.shape != (len(class_labels), 4):
+        raise ValueError(
+            f"labels[{index}] needs class_labels (targets,) and boxes (targets, 4), "
+            f"got {tuple(class_labels.shape)} and {tuple(boxes.shape)}."
+        )
+
+
+def _check_values(class_labels: np.ndarray, boxes: np.ndarray, num_labels: int) -> None:
+    # What fills the batch up is 0, which passes both checks.
+    outside = np.argwhere((class_labels < 0) | (class_labels >= num_labels))
+    if len(outside):
+        picture, target = outside[0]
+        raise ValueError(
+            f"labels[{picture}]['class_labels'][{target}] is {int(class_labels[picture, target])}, "
+            f"but the model has {num_labels} labels, 0 to {num_labels - 1}; map the dataset's "
+            "categories to the model's ids, or load the model with num_labels set."
+        )
+    # Written so that NaN fails.
+    bad = np.argwhere(~((boxes >= -BOX_TOLERANCE) & (boxes <= 1 + BOX_TOLERANCE)))
+    if len(bad):
+        picture, target, _ = bad[0]
+        raise ValueError(
+            f"labels[{picture}]['boxes'][{target}] is {boxes[picture, target].tolist()}; boxes "
+            "must be (centre x, centre y, width, height) relative to the picture, between 0 and 1, "
+            "as the image processor makes them from annotations."
+        )

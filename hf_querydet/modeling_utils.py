@@ -1,0 +1,125 @@
+"""Base class of all detectors: loading, saving and first values of weights."""
+
+import os
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from hf_querydet.configuration_utils import DetectorConfig
+from hf_querydet.layers.attention import MultiHeadAttention
+from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.feed_forward import FeedForward
+from hf_querydet.layers.position_embedding import LearnedPositionEmbedding
+
+
+class DetectorPreTrainedModel(PreTrainedModel):
+    """Base class of all detectors.
+
+    Class attributes that a variant sets: ``config`` (as an annotation), ``_no_split_modules`` and
+    ``_class_head_keys``.
+    """
+
+    config: DetectorConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # Older files carry the counter of batch norms that are frozen here.
+    _keys_to_ignore_on_load_unexpected = (r"num_batches_tracked",)
+    # Tensors whose shape follows the number of labels, the only ones that a new label set
+    # re-creates.
+    _class_head_keys: tuple[str, ...] = ("class_head.weight", "class_head.bias")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a detector; see ``PreTrainedModel.from_pretrained``.
+
+        With ``num_labels`` or ``id2label``, a class head of another size is re-created for the new
+        labels without ``ignore_mismatched_sizes``. Any other tensor of a wrong shape stays an
+        error.
+
+        Raises:
+            RuntimeError: If tensors other than the class head have another shape than the
+                checkpoint's.
+        """
+        new_labels = "num_labels" in kwargs or "id2label" in kwargs
+        if "id2label" in kwargs and "label2id" not in kwargs:
+            kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
+        recreate_head = new_labels and "ignore_mismatched_sizes" not in kwargs
+        if recreate_head:
+            kwargs["ignore_mismatched_sizes"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if recreate_head:
+            cls._check_mismatched_keys(info["mismatched_keys"])
+        # Loading puts new parameters in place of those that were frozen at construction.
+        for module in model.modules():
+            if isinstance(module, Backbone):
+                module.freeze_stages()
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_mismatched_keys(cls, mismatched_keys: set[tuple]) -> None:
+        wrong = sorted(
+            f"{key}: {tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
+            for key, found, wanted in mismatched_keys
+            if not key.endswith(cls._class_head_keys)
+        )
+        if wrong:
+            listing = "\n  ".join(wrong)
+            raise RuntimeError(
+                f"The checkpoint does not fit the configuration:\n  {listing}\n"
+                "Only the class head is re-created for new labels; pass the options that the "
+                "checkpoint was trained with, or ignore_mismatched_sizes=True to start these "
+                "tensors anew."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save in this library's layout, whatever the weights were loaded from.
+
+        See ``PreTrainedModel.save_pretrained`` for the arguments.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """First values by module type, those of DETR's authors.
+
+        Attention and feed-forward weights are Xavier uniform; everything else (heads, input
+        projections, the biases of feed-forward blocks) keeps PyTorch's default. A module is visited
+        after its children, so a block overrides its linear layers. All goes through
+        ``transformers.initialization``, which leaves loaded tensors alone.
+        """
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, LearnedPositionEmbedding):
+            init.uniform_(module.row_embeddings.weight)
+            init.uniform_(module.column_embeddings.weight)
+        elif isinstance(module, MultiHeadAttention):
+            # The authors fill query, key and value as one matrix of three times the rows, which
+            # narrows the range: 6 / (3n + n) instead of 6 / (n + n) under the root.
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.xavier_uniform_(projection.weight, gain=0.5**0.5)
+                init.zeros_(projection.bias)
+            init.xavier_uniform_(module.out_proj.weight)
+            init.zeros_(module.out_proj.bias)
+        elif isinstance(module, FeedForward):
+            init.xavier_uniform_(module.expand.weight)
+            init.xavier_uniform_(module.contract.weight)

@@ -1,0 +1,90 @@
+"""Configuration of DETR (arXiv:2005.12872)."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from hf_querydet.configuration_utils import DetectorConfig
+
+POSITION_EMBEDDING_TYPES = ("sine", "learned")
+
+
+@strict
+class DETRConfig(DetectorConfig):
+    """Configuration of a DETR detector; the defaults are the paper's R50 model.
+
+    DC5 is ``dilation=True``, the deeper backbone ``backbone="resnet101.tv_in1k"``. Fields that
+    every detector has are described in :class:`~hf_querydet.configuration_utils.DetectorConfig`.
+
+    transformers' DETR sets ``attention_dropout`` and ``activation_dropout`` to 0; here they follow
+    the authors' code, which applies its one dropout rate there too. The pre-norm option of the
+    authors' code has no published weights and is not offered.
+
+    Attributes:
+        encoder_layers: Number of encoder layers.
+        encoder_attention_heads: Heads of each encoder attention.
+        encoder_ffn_dim: Inner size of the encoder's feed-forward blocks.
+        decoder_layers: Number of decoder layers.
+        decoder_attention_heads: Heads of each decoder attention.
+        decoder_ffn_dim: Inner size of the decoder's feed-forward blocks.
+        activation_function: Activation of the feed-forward blocks.
+        dropout: Dropout on the output of each attention and feed-forward block.
+        attention_dropout: Dropout on attention weights.
+        activation_dropout: Dropout inside the feed-forward blocks.
+        position_embedding_type: ``"sine"`` (fixed) or ``"learned"`` (at most 50 cells a side).
+        eos_coefficient: Weight of the "no object" class in the cross-entropy.
+
+    Example:
+        >>> from hf_querydet import DETRConfig, DETRForObjectDetection
+        >>> model = DETRForObjectDetection(DETRConfig(num_labels=3, backbone="resnet18"))
+    """
+
+    model_type: ClassVar[str] = "querydet_detr"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
+
+    encoder_layers: int = 6
+    encoder_attention_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 8
+    decoder_ffn_dim: int = 2048
+    activation_function: str = "relu"
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.1
+    position_embedding_type: str = "sine"
+    eos_coefficient: float | int = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """See :class:`DetectorConfig`."""
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check the fields against one another.
+
+        Raises:
+            ValueError: Naming the field, its value and what is possible.
+        """
+        super().validate_architecture()
+        for field in ("encoder_attention_heads", "decoder_attention_heads"):
+            if self.d_model % getattr(self, field):
+                raise ValueError(
+                    f"d_model must be a multiple of {field}, "
+                    f"got {self.d_model} and {getattr(self, field)}."
+                )
+        if self.d_model % 4:
+            raise ValueError(
+                "d_model must be a multiple of 4 (sine and cosine of two axes), "
+                f"got {self.d_model}."
+            )
+        if self.decoder_layers < 1:
+            raise ValueError(f"decoder_layers must be at least 1, got {self.decoder_layers}.")
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
+                f"got {self.position_embedding_type!r}."
+            )

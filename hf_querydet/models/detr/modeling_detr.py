@@ -1,0 +1,273 @@
+"""DETR, end-to-end object detection with transformers (arXiv:2005.12872), Fig. 2 and Fig. 10.
+
+A backbone, a transformer encoder over the cells of its last map, a decoder that turns learned
+object queries into objects, and two heads. Positions are added to query and key of every
+attention, never to the value.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import can_return_tuple
+
+from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from_padding
+from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.feed_forward import MLP, FeedForward
+from hf_querydet.layers.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
+from hf_querydet.layers.transformer import TransformerEncoderLayer
+from hf_querydet.losses import SetCriterion, SoftmaxClassification
+from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.detr.configuration_detr import DETRConfig
+from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+
+
+class DETRDecoderLayer(GradientCheckpointingLayer):
+    """Self-attention among queries, attention to the memory, feed-forward; post-norm each."""
+
+    def __init__(self, config: DETRConfig) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(
+            config,
+            hidden_size=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            dropout=config.attention_dropout,
+        )
+        self.self_attention_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention = MultiHeadAttention(
+            config,
+            hidden_size=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            dropout=config.attention_dropout,
+        )
+        self.cross_attention_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.feed_forward = FeedForward(
+            hidden_size=config.d_model,
+            inner_size=config.decoder_ffn_dim,
+            activation=config.activation_function,
+            dropout=config.dropout,
+            activation_dropout=config.activation_dropout,
+        )
+
+    def forward(
+        self,
+        object_queries: Tensor,
+        query_position_embeddings: Tensor,
+        memory: Tensor,
+        memory_with_positions: Tensor,
+        memory_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Update the queries.
+
+        Args:
+            object_queries: Content, (batch, num_queries, d_model).
+            query_position_embeddings: Same shape.
+            memory: (batch, num_tokens, d_model), the values.
+            memory_with_positions: Same shape, the keys.
+            memory_mask: (batch, 1, 1, num_tokens), True = attend.
+
+        Returns:
+            Queries of the same shape; the weights of self-attention and of cross-attention if the
+            attention implementation returns them.
+        """
+        # Self-attention
+        query_and_key = object_queries + query_position_embeddings
+        update, self_weights = self.self_attention(query_and_key, query_and_key, object_queries)
+        object_queries = self.self_attention_norm(object_queries + self.dropout(update))
+        # Attention to the picture
+        update, cross_weights = self.cross_attention(
+            object_queries + query_position_embeddings, memory_with_positions, memory, memory_mask
+        )
+        object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
+        # Feed-forward
+        return self.feed_forward(object_queries), self_weights, cross_weights
+
+
+class DETRPreTrainedModel(DetectorPreTrainedModel):
+    """Base class of the DETR models."""
+
+    config: DETRConfig
+    _no_split_modules = ("Backbone", "TransformerEncoderLayer", "DETRDecoderLayer")
+
+
+class DETRModel(DETRPreTrainedModel):
+    """Backbone, encoder and decoder of DETR, without heads."""
+
+    def __init__(self, config: DETRConfig) -> None:
+        super().__init__(config)
+        self.backbone = Backbone(
+            config.backbone_config,
+            pretrained=config.use_pretrained_backbone,
+            norm=config.backbone_norm,
+            num_frozen_stages=config.frozen_backbone_stages,
+        )
+        self.input_projection = nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1)
+        self.position_embedding = (
+            SinePositionEmbedding(config.d_model)
+            if config.position_embedding_type == "sine"
+            else LearnedPositionEmbedding(config.d_model)
+        )
+        self.query_position_embeddings = nn.Embedding(config.num_queries, config.d_model)
+        self.encoder_layers = nn.ModuleList(
+            TransformerEncoderLayer(
+                config,
+                hidden_size=config.d_model,
+                num_heads=config.encoder_attention_heads,
+                inner_size=config.encoder_ffn_dim,
+                activation=config.activation_function,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+            )
+            for _ in range(config.encoder_layers)
+        )
+        self.decoder_layers = nn.ModuleList(
+            DETRDecoderLayer(config) for _ in range(config.decoder_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(config.d_model)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: object,
+    ) -> DetectorModelOutput:
+        """Turn pictures into object queries.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised colours.
+            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
+            output_attentions: Return attention weights (with ``attn_implementation="eager"``).
+            output_hidden_states: Return the states between the layers.
+            kwargs: Of the ecosystem's trainers and tests, of no effect.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        # Features: (batch, channels, h, w) to tokens (batch, h * w, d_model)
+        features, padding_mask = self.backbone(pixel_values, pixel_mask)[-1]
+        if padding_mask is None:
+            no_padding = torch.zeros_like(features[:1, 0], dtype=torch.bool)
+            positions, memory_mask = self.position_embedding(no_padding), None
+        else:
+            positions = self.position_embedding(padding_mask)
+            memory_mask = attention_mask_from_padding(padding_mask.flatten(1))
+        memory = self.input_projection(features).flatten(2).transpose(1, 2)
+        positions = positions.to(memory.dtype)
+
+        # Encoder
+        encoder_states, encoder_attentions = [memory], []
+        for layer in self.encoder_layers:
+            memory, weights = layer(memory, positions, memory_mask)
+            encoder_states.append(memory)
+            encoder_attentions.append(weights)
+
+        # Decoder: content starts at zero, a query's identity is its position embedding
+        query_positions = self.query_position_embeddings.weight.to(memory.dtype)
+        query_positions = query_positions.expand(len(memory), -1, -1)
+        object_queries = torch.zeros_like(query_positions)
+        memory_with_positions = memory + positions
+        decoder_states, normed_states = [object_queries], []
+        decoder_attentions, cross_attentions = [], []
+        for layer in self.decoder_layers:
+            object_queries, self_weights, cross_weights = layer(
+                object_queries, query_positions, memory, memory_with_positions, memory_mask
+            )
+            decoder_states.append(object_queries)
+            # The norm makes a copy for the heads. What enters the next layer is not normed by it,
+            # or asking for auxiliary outputs would change the last one.
+            normed_states.append(self.decoder_norm(object_queries))
+            decoder_attentions.append(self_weights)
+            cross_attentions.append(cross_weights)
+
+        return DetectorModelOutput(
+            last_hidden_state=normed_states[-1],
+            intermediate_hidden_states=torch.stack(normed_states),
+            encoder_last_hidden_state=memory,
+            decoder_hidden_states=tuple(decoder_states) if output_hidden_states else None,
+            decoder_attentions=tuple(decoder_attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            encoder_hidden_states=tuple(encoder_states) if output_hidden_states else None,
+            encoder_attentions=tuple(encoder_attentions) if output_attentions else None,
+        )
+
+
+class DETRForObjectDetection(DETRPreTrainedModel):
+    """DETR with its class head and box head, which all decoder layers share."""
+
+    def __init__(self, config: DETRConfig) -> None:
+        super().__init__(config)
+        self.model = DETRModel(config)
+        self.class_head = nn.Linear(config.d_model, config.num_labels + 1)  # and "no object"
+        self.box_head = MLP(
+            input_size=config.d_model, hidden_size=config.d_model, output_size=4, num_layers=3
+        )
+        self.criterion = SetCriterion(
+            SoftmaxClassification(no_object_weight=config.eos_coefficient),
+            class_cost=config.class_cost,
+            bbox_cost=config.bbox_cost,
+            giou_cost=config.giou_cost,
+            cls_loss_coefficient=config.cls_loss_coefficient,
+            bbox_loss_coefficient=config.bbox_loss_coefficient,
+            giou_loss_coefficient=config.giou_loss_coefficient,
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: object,
+    ) -> DetectionOutput:
+        """Detect objects.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised colours.
+            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
+            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
+                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
+                has a loss.
+            output_attentions: See :meth:`DETRModel.forward`.
+            output_hidden_states: See :meth:`DETRModel.forward`.
+            kwargs: Of the ecosystem's trainers and tests, of no effect.
+
+        Raises:
+            ValueError: If the labels do not fit the model, see
+                :class:`~hf_querydet.losses.SetCriterion`.
+        """
+        outputs = self.model(
+            pixel_values,
+            pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        # The layers before the last have predictions only where a loss asks for them.
+        with_auxiliary = labels is not None and self.config.auxiliary_loss
+        hidden_states = outputs.intermediate_hidden_states[0 if with_auxiliary else -1 :]
+        predictions = SetPredictions(
+            logits=self.class_head(hidden_states), pred_boxes=self.box_head(hidden_states).sigmoid()
+        )
+        loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
+        return DetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=predictions.logits[-1],
+            pred_boxes=predictions.pred_boxes[-1],
+            auxiliary_outputs=SetPredictions(
+                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
+            )
+            if with_auxiliary
+            else None,
+            **outputs,
+        )

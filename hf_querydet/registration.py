@@ -1,0 +1,132 @@
+"""The table of variants, and what tells the Hugging Face ecosystem about them.
+
+A new variant is one more row.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForObjectDetection,
+    PreTrainedConfig,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from hf_querydet.checkpoint_mapping_utils import weight_renamings
+from hf_querydet.configuration_utils import DetectorConfig
+from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.detr import (
+    DETRConfig,
+    DETRForObjectDetection,
+    DETRImageProcessor,
+    DETRModel,
+)
+from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
+from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
+from hf_querydet.recipe_utils import Recipe
+
+MODEL_TYPE_PREFIX = "querydet_"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One detector: its classes, the names of its tensors elsewhere, its training settings.
+
+    Attributes:
+        config: Configuration class; its ``model_type`` is ``querydet_`` and the variant's name.
+        model: Model without heads.
+        detector: Model with heads.
+        image_processor: Image processor.
+        recipe: The paper's training settings.
+        transformers_names: Key table of transformers' files, empty where it has no such model.
+    """
+
+    config: type[DetectorConfig]
+    model: type[DetectorPreTrainedModel]
+    detector: type[DetectorPreTrainedModel]
+    image_processor: type[DetectionImageProcessor]
+    recipe: Recipe
+    transformers_names: Mapping[str, str]
+
+
+VARIANTS: dict[str, Variant] = {
+    "detr": Variant(
+        config=DETRConfig,
+        model=DETRModel,
+        detector=DETRForObjectDetection,
+        image_processor=DETRImageProcessor,
+        recipe=DETR_RECIPE,
+        transformers_names=DETR_NAMES,
+    ),
+}
+
+
+def load_detector(
+    name_or_path: str | os.PathLike, **kwargs: Any
+) -> tuple[DetectorPreTrainedModel, DetectionImageProcessor]:
+    """Load a detector and its image processor, whichever variant it is.
+
+    Unlike ``AutoModelForObjectDetection``, this loads repositories of transformers' own detectors
+    with this library's class of the same variant.
+
+    Args:
+        name_or_path: Directory or Hub id.
+        **kwargs: For the model's ``from_pretrained``.
+
+    Raises:
+        ValueError: If the configuration is of none of the variants.
+    """
+    hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
+    variant = VARIANTS.get(config.get("model_type", "").removeprefix(MODEL_TYPE_PREFIX))
+    if variant is None:
+        raise ValueError(
+            f"{name_or_path} holds a model of type {config.get('model_type')!r}; this library has "
+            f"{', '.join(sorted(VARIANTS))}."
+        )
+    model = variant.detector.from_pretrained(name_or_path, **kwargs)
+    return model, variant.image_processor.from_pretrained(name_or_path, **hub_options)
+
+
+def variant_of(config: DetectorConfig) -> Variant:
+    """The row that a configuration belongs to.
+
+    Raises:
+        ValueError: If the configuration is of none of the variants.
+    """
+    for variant in VARIANTS.values():
+        if isinstance(config, variant.config):
+            return variant
+    raise ValueError(
+        f"The configuration is a {type(config).__name__}; this library has "
+        f"{', '.join(sorted(VARIANTS))}. Load it with this library's own class."
+    )
+
+
+def register() -> None:
+    """Make Auto classes, pipelines and Trainer know every variant."""
+    for variant in VARIANTS.values():
+        model_type = variant.config.model_type
+        AutoConfig.register(model_type, variant.config)
+        AutoModel.register(variant.config, variant.model)
+        AutoModelForObjectDetection.register(variant.config, variant.detector)
+        AutoImageProcessor.register(
+            variant.config, image_processor_classes={"torchvision": variant.image_processor}
+        )
+        # The pipeline reports models outside this plain dictionary as unsupported, and then
+        # works all the same.
+        MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[model_type] = variant.detector.__name__
+        # Under the class names: a configuration read from a foreign file keeps its foreign type.
+        for model in (variant.model, variant.detector):
+            if variant.transformers_names:
+                register_checkpoint_conversion_mapping(
+                    model.__name__, weight_renamings(variant.transformers_names)
+                )

@@ -1,0 +1,445 @@
+"""What every variant promises."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from tiny import (
+    NUM_LABELS,
+    TINY_CONFIGS,
+    no_objects,
+    perturb,
+    picture,
+    tiny_batch,
+    tiny_config,
+    tiny_labels,
+)
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForObjectDetection,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_querydet import VARIANTS
+
+pytestmark = pytest.mark.parametrize("name", list(VARIANTS))
+
+
+def build(name, **changes):
+    return VARIANTS[name].detector(tiny_config(VARIANTS, name, **changes))
+
+
+def forward(model, **inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs)
+
+
+def assert_same_detections(actual, expected, **tolerance):
+    torch.testing.assert_close(actual.logits, expected.logits, **tolerance)
+    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, **tolerance)
+
+
+def test_every_variant_has_a_tiny_configuration(name):
+    assert name in TINY_CONFIGS
+    assert VARIANTS[name].config.model_type == f"querydet_{name}"
+
+
+def test_saved_model_gives_equal_outputs(name, tmp_path):
+    model = perturb(build(name))
+    batch = tiny_batch()
+    model.save_pretrained(tmp_path)
+
+    loaded, info = VARIANTS[name].detector.from_pretrained(tmp_path, output_loading_info=True)
+
+    assert not any(info.values())
+    assert_same_detections(forward(loaded, **batch), forward(model, **batch), rtol=0, atol=0)
+
+
+def test_auto_classes_return_the_registered_ones(name, tmp_path):
+    variant = VARIANTS[name]
+    build(name).save_pretrained(tmp_path)
+    variant.image_processor().save_pretrained(tmp_path)
+
+    assert type(AutoConfig.from_pretrained(tmp_path)) is variant.config
+    assert type(AutoModel.from_pretrained(tmp_path)) is variant.model
+    assert type(AutoModelForObjectDetection.from_pretrained(tmp_path)) is variant.detector
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is variant.image_processor
+
+
+def test_configuration_survives_saving(name, tmp_path):
+    config = tiny_config(VARIANTS, name, backbone_norm="frozen", auxiliary_loss=False)
+    config.save_pretrained(tmp_path)
+    loaded = VARIANTS[name].config.from_pretrained(tmp_path).to_dict()
+    expected = config.to_dict()
+    for either in (loaded, expected):
+        either.pop("transformers_version", None)
+    assert loaded == expected
+
+
+def test_batch_of_equal_sizes_equals_its_single_pictures(name):
+    model = perturb(build(name))
+    pixel_values = torch.randn(3, 3, 64, 96)
+
+    together = forward(model, pixel_values=pixel_values)
+
+    for index in range(3):
+        alone = forward(model, pixel_values=pixel_values[index : index + 1])
+        torch.testing.assert_close(alone.logits[0], together.logits[index])
+        torch.testing.assert_close(alone.pred_boxes[0], together.pred_boxes[index])
+
+
+def test_full_pixel_mask_equals_no_mask(name):
+    model = perturb(build(name))
+    pixel_values = torch.randn(2, 3, 64, 96)
+    full = torch.ones(2, 64, 96, dtype=torch.int64)
+    assert_same_detections(
+        forward(model, pixel_values=pixel_values, pixel_mask=full),
+        forward(model, pixel_values=pixel_values),
+    )
+
+
+def test_features_under_padding_do_not_reach_predictions(name, monkeypatch):
+    model = perturb(build(name)).eval()
+    channels = model.model.backbone.channels
+    feature_maps = [torch.randn(1, size, 3, 2) for size in channels]
+    alone_features = [(features, None) for features in feature_maps]
+    batch_features = []
+    for features in feature_maps:
+        canvas = torch.randn(2, features.shape[1], 4, 5)
+        canvas[0, :, :3, :2] = features[0]
+        padding_mask = torch.zeros(2, 4, 5, dtype=torch.bool)
+        padding_mask[0, 3:] = padding_mask[0, :, 2:] = True
+        batch_features.append((canvas, padding_mask))
+
+    # Below the backbone, whose convolutions see the padding's border.
+    monkeypatch.setattr(model.model.backbone, "forward", lambda *_: alone_features)
+    alone = forward(model, pixel_values=torch.zeros(1, 3, 96, 64))
+    monkeypatch.setattr(model.model.backbone, "forward", lambda *_: batch_features)
+    beside = forward(
+        model,
+        pixel_values=torch.zeros(2, 3, 128, 160),
+        pixel_mask=torch.ones(2, 128, 160, dtype=torch.int64),
+    )
+
+    torch.testing.assert_close(beside.logits[:1], alone.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(beside.pred_boxes[:1], alone.pred_boxes, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [tiny_labels(), [no_objects(), tiny_labels()[1]]])
+def test_every_trainable_parameter_gets_a_gradient(name, labels):
+    model = build(name).train()
+    model(**tiny_batch(), labels=labels).loss.backward()
+    without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_batch_without_any_object_trains(name):
+    model = build(name).train()
+    outputs = model(**tiny_batch(), labels=[no_objects(), no_objects()])
+    outputs.loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert outputs.loss.isfinite()
+
+
+def test_auxiliary_loss_never_changes_the_forward(name):
+    model = perturb(build(name)).eval()
+    with_auxiliary = model(**tiny_batch_of_seed(0), labels=tiny_labels())
+    model.config.auxiliary_loss = False
+    without = model(**tiny_batch_of_seed(0), labels=tiny_labels())
+    no_labels = model(**tiny_batch_of_seed(0))
+    assert_same_detections(with_auxiliary, without, rtol=0, atol=1e-6)
+    assert_same_detections(with_auxiliary, no_labels, rtol=0, atol=1e-6)
+    assert without.auxiliary_outputs is None
+
+
+def test_auxiliary_outputs_count_the_layers_before_the_last(name):
+    model = build(name)
+    outputs = model(**tiny_batch(), labels=tiny_labels())
+    num_layers = model.config.decoder_layers
+    assert len(outputs.auxiliary_outputs.logits) == num_layers - 1
+    assert sum(key.startswith("loss_giou") for key in outputs.loss_dict) == num_layers
+
+
+def test_auxiliary_loss_is_on_by_default(name):
+    assert VARIANTS[name].config().auxiliary_loss
+
+
+def test_same_seed_gives_the_same_weights_and_loss(name):
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = build(name).train()
+        losses.append(model(**tiny_batch(), labels=tiny_labels()).loss)
+    assert losses[0] == losses[1]
+
+
+def test_loss_falls_when_one_picture_is_learned(name):
+    torch.manual_seed(0)
+    model = build(name).train()
+    inputs = {"pixel_values": torch.randn(1, 3, 64, 64), "labels": tiny_labels()[:1]}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # From random boxes to nearly right ones; a loop that learns nothing stays within a few percent.
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_eager_attention_equals_sdpa(name):
+    model = perturb(build(name))
+    batch = tiny_batch()
+    model.set_attn_implementation("sdpa")
+    sdpa = forward(model, **batch)
+    model.set_attn_implementation("eager")
+    assert_same_detections(forward(model, **batch), sdpa)
+
+
+def test_attention_weights_and_states_are_returned_on_request(name):
+    model = build(name, attn_implementation="eager")
+    outputs = forward(model, **tiny_batch(), output_attentions=True, output_hidden_states=True)
+    config = model.config
+    assert len(outputs.decoder_hidden_states) == config.decoder_layers + 1
+    assert len(outputs.encoder_hidden_states) == config.encoder_layers + 1
+    for weights in (*outputs.cross_attentions, *outputs.decoder_attentions):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        assert weights.shape[:3] == (2, config.decoder_attention_heads, config.num_queries)
+
+
+def test_tuple_output_equals_dict_output(name):
+    model = build(name)
+    batch = tiny_batch()
+    outputs = forward(model, **batch)
+    as_tuple = forward(model, **batch, return_dict=False)
+    for actual, expected in zip(as_tuple, outputs.to_tuple(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_loss_and_gradients(name, use_reentrant):
+    model = build(name, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0).train()
+    batch, labels = tiny_batch(), tiny_labels()
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+    losses = []
+    for each in (model, checkpointed):
+        loss = each(**batch, labels=labels).loss
+        loss.backward()
+        losses.append(loss)
+
+    torch.testing.assert_close(losses[0], losses[1])
+    for (key, expected), actual in zip(
+        model.named_parameters(), checkpointed.parameters(), strict=True
+    ):
+        torch.testing.assert_close(actual.grad, expected.grad, msg=lambda text, key=key: key + text)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_model_has_a_float32_loss(name, dtype):
+    model = build(name).to(dtype).train()
+    batch = tiny_batch()
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    outputs = model(**batch, labels=tiny_labels())
+    outputs.loss.backward()
+    assert outputs.logits.dtype == dtype
+    assert outputs.loss.dtype == torch.float32
+    assert outputs.loss.isfinite()
+
+
+def test_autocast_trains_with_a_float32_loss(name):
+    model = build(name).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(**tiny_batch(), labels=tiny_labels())
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16
+    assert outputs.loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_half_precision_predictions_are_near_float32(name):
+    model = build(name).eval()
+    pixel_values = torch.randn(1, 3, 64, 96)
+    expected = forward(model, pixel_values=pixel_values)
+    half = forward(copy.deepcopy(model).bfloat16(), pixel_values=pixel_values.bfloat16())
+    # bfloat16 keeps 8 bits; a dozen layers of it.
+    torch.testing.assert_close(half.pred_boxes.float(), expected.pred_boxes, rtol=0, atol=0.05)
+
+
+def test_exported_program_takes_other_batches_and_sizes(name):
+    model = perturb(build(name)).eval()
+    batch, height, width = (torch.export.Dim(axis) for axis in ("batch", "height", "width"))
+    program = torch.export.export(
+        model,
+        (),
+        {
+            "pixel_values": torch.randn(2, 3, 64, 96),
+            "pixel_mask": torch.ones(2, 64, 96, dtype=torch.int64),
+        },
+        dynamic_shapes={
+            "pixel_values": {0: batch, 2: 32 * height, 3: 32 * width},
+            "pixel_mask": {0: batch, 1: 32 * height, 2: 32 * width},
+        },
+    )
+    other = {
+        "pixel_values": torch.randn(3, 3, 128, 160),
+        "pixel_mask": torch.ones(3, 128, 160, dtype=torch.int64),
+    }
+    assert_same_detections(program.module()(**other), forward(model, **other))
+
+
+def test_compiles_into_one_graph(name):
+    model = perturb(build(name)).eval()
+    batch = tiny_batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same_detections(compiled(**batch), model(**batch))
+
+
+def test_new_labels_recreate_the_class_head_only(name, tmp_path):
+    model = perturb(build(name))
+    model.save_pretrained(tmp_path)
+    id2label = {0: "cat", 1: "dog", 2: "owl", 3: "yak"}
+
+    loaded, info = VARIANTS[name].detector.from_pretrained(
+        tmp_path, id2label=id2label, output_loading_info=True
+    )
+
+    assert loaded.config.label2id == {"cat": 0, "dog": 1, "owl": 2, "yak": 3}
+    recreated = {key for key, *_ in info["mismatched_keys"]}
+    assert recreated == {"class_head.weight", "class_head.bias"}
+    kept = {key: value for key, value in model.state_dict().items() if key not in recreated}
+    loaded_state = loaded.state_dict()
+    for key, value in kept.items():
+        torch.testing.assert_close(loaded_state[key], value, rtol=0, atol=0)
+    labels = [{"class_labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
+    assert loaded(pixel_values=torch.randn(1, 3, 64, 64), labels=labels).loss.isfinite()
+
+
+def test_other_wrong_shapes_stay_errors_with_new_labels(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="query_position_embeddings"):
+        VARIANTS[name].detector.from_pretrained(tmp_path, num_labels=4, num_queries=6)
+
+
+def test_frozen_stages_stay_frozen_after_loading(name, tmp_path):
+    model = build(name, frozen_backbone_stages=2)
+    model.save_pretrained(tmp_path)
+    loaded = VARIANTS[name].detector.from_pretrained(tmp_path)
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen
+    assert {key for key, p in loaded.named_parameters() if not p.requires_grad} == frozen
+
+
+def test_label_out_of_range_is_named(name):
+    labels = tiny_labels()
+    labels[1]["class_labels"] = torch.tensor([NUM_LABELS])
+    with pytest.raises(ValueError, match=rf"labels\[1\].*is {NUM_LABELS}.*has {NUM_LABELS} labels"):
+        build(name)(**tiny_batch(), labels=labels)
+
+
+def test_pipeline_detects_without_complaint(name, tmp_path, caplog):
+    build(name).save_pretrained(tmp_path)
+    VARIANTS[name].image_processor(size={"shortest_edge": 64, "longest_edge": 100}).save_pretrained(
+        tmp_path
+    )
+    from transformers import pipeline
+
+    with caplog.at_level(logging.WARNING):
+        detect = pipeline("object-detection", model=str(tmp_path))
+        detections = detect(picture(90, 60), threshold=0.0)
+
+    assert not caplog.records
+    assert len(detections) == TINY_CONFIGS[name]["num_queries"]
+    assert {"score", "label", "box"} == set(detections[0])
+
+
+def test_pipeline_batches_unlike_pictures_with_pad_size(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    VARIANTS[name].image_processor(
+        size={"shortest_edge": 64, "longest_edge": 100}, pad_size={"height": 100, "width": 100}
+    ).save_pretrained(tmp_path)
+    from transformers import pipeline
+
+    detect = pipeline("object-detection", model=str(tmp_path))
+    pictures = [picture(90, 60), picture(60, 90), picture(50, 50)]
+    together = detect(pictures, threshold=0.0, batch_size=3)
+    alone = [detect(each, threshold=0.0) for each in pictures]
+    assert together == alone
+
+
+class OnePicture(Dataset):
+    """Four examples of what the image processor returns."""
+
+    def __init__(self):
+        self.labels = tiny_labels()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.manual_seed(index)
+        label = self.labels[index % 2]
+        extra = {
+            "image_id": torch.tensor([index]),
+            "orig_size": torch.tensor([64, 96]),
+            "size": torch.tensor([64, 96]),
+            "area": torch.full((len(label["boxes"]),), 100.0),
+            "iscrowd": torch.zeros(len(label["boxes"]), dtype=torch.int64),
+        }
+        return {"pixel_values": torch.randn(3, 64, 96), "labels": {**label, **extra}}
+
+
+def test_trainer_trains_evaluates_and_resumes(name, tmp_path):
+    from hf_querydet.data import DetectionCollator
+    from hf_querydet.evaluation import DetectionMetrics
+
+    model, processor = build(name), VARIANTS[name].image_processor()
+
+    def trainer(max_steps):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=max_steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            remove_unused_columns=False,
+            eval_do_concat_batches=False,
+            batch_eval_metrics=True,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=OnePicture(),
+            eval_dataset=OnePicture(),
+            data_collator=DetectionCollator(processor),
+            processing_class=processor,
+            compute_metrics=DetectionMetrics(processor, model.config.id2label),
+        )
+
+    first = trainer(2)
+    first.train()
+    metrics = first.evaluate()
+    assert 0 <= metrics["eval_map"] <= 1
+    assert metrics["eval_loss"] > 0
+    second = trainer(4)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 4
+
+
+def tiny_batch_of_seed(seed):
+    torch.manual_seed(seed)
+    return tiny_batch()

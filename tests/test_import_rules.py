@@ -1,0 +1,82 @@
+"""Who may import whom; keeps the layers of the package apart."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_querydet
+
+PACKAGE = Path(hf_querydet.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+UTILS = {
+    "configuration_utils",
+    "modeling_utils",
+    "image_processing_utils",
+    "checkpoint_mapping_utils",
+    "recipe_utils",
+}
+ABOVE_VARIANTS = {
+    "registration",
+    "outputs",
+    "ops",
+    "data",
+    "evaluation",
+    "image_processing_utils",
+    "checkpoint_mapping_utils",
+    "recipe_utils",
+}
+EVERYTHING = None
+MAY_IMPORT = {
+    "ops": set(),
+    "layers": {"ops"},
+    "losses": {"ops", "outputs"},
+    "models": {"ops", "layers", "losses", "outputs", *UTILS},
+    "outputs": set(),
+    "configuration_utils": set(),
+    "recipe_utils": set(),
+    "checkpoint_mapping_utils": set(),
+    "modeling_utils": {"configuration_utils", "layers"},
+    "image_processing_utils": {"ops", "outputs"},
+    "data": {"image_processing_utils", "ops"},
+    "evaluation": {"image_processing_utils", "ops"},
+    "registration": {"models", *UTILS},
+    "training": ABOVE_VARIANTS,
+    "cli": EVERYTHING,
+    "demo": EVERYTHING,
+    "__init__": EVERYTHING,
+}
+
+
+def unit(dotted_name: str) -> str:
+    """`hf_querydet.layers.attention` -> `layers`; a model folder keeps its own name."""
+    parts = dotted_name.split(".")[1:]
+    return ".".join(parts[:2]) if parts[0] == "models" else parts[0]
+
+
+def imported_units(path: Path) -> set[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_querydet":
+            names += [f"hf_querydet.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {unit(name) for name in names if name.startswith("hf_querydet.")}
+
+
+def is_allowed(name: str, allowed: set[str]) -> bool:
+    return name in allowed or name.split(".")[0] in allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    relative = path.relative_to(PACKAGE)
+    part = Path(relative.parts[0]).stem
+    allowed = MAY_IMPORT[part]
+    if allowed is EVERYTHING:
+        return
+    own = unit(".".join(("hf_querydet", *relative.with_suffix("").parts)))
+    not_allowed = {name for name in imported_units(path) - {own} if not is_allowed(name, allowed)}
+    assert not not_allowed, f"{relative} may not import {sorted(not_allowed)}"

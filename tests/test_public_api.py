@@ -1,0 +1,64 @@
+"""What a user sees after ``import hf_querydet``."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_querydet
+
+
+def run_python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_every_public_name_exists():
+    assert all(hasattr(hf_querydet, name) for name in hf_querydet.__all__)
+
+
+def test_import_is_silent_and_needs_no_compiler_and_no_network(tmp_path):
+    code = (
+        "import socket\n"
+        "def refuse(*_): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "import torch.utils.cpp_extension as cpp\n"
+        "def no_build(*_, **__): raise AssertionError('build')\n"
+        "cpp.load = cpp.load_inline = no_build\n"
+        "import hf_querydet\n"
+    )
+    result = run_python(code, PATH=str(tmp_path))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_transformers_own_types_stay_its_own():
+    from transformers import AutoConfig, DetrConfig
+
+    assert type(AutoConfig.for_model("detr")) is DetrConfig
+
+
+@pytest.mark.parametrize("variant", hf_querydet.VARIANTS.values())
+def test_variant_of_a_configuration_is_its_row(variant):
+    assert hf_querydet.variant_of(variant.config()) is variant
+
+
+def test_configuration_of_no_variant_is_an_error():
+    from transformers import ViTConfig
+
+    with pytest.raises(ValueError, match="is a ViTConfig; this library has"):
+        hf_querydet.variant_of(ViTConfig())
+
+
+def test_load_detector_refuses_other_architectures(tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model of type 'vit'; this library has"):
+        hf_querydet.load_detector(tmp_path)

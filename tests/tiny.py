@@ -1,0 +1,82 @@
+"""One tiny configuration per variant, and a tiny batch."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+TINY_BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 12, 16, 24],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_indices": [4],
+}
+TINY_CONFIGS = {
+    "detr": {
+        "num_queries": 5,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+    },
+}
+NUM_LABELS = 3
+
+
+def tiny_config(variants, name, **changes):
+    """A new tiny configuration; ``variants`` is the library's table."""
+    fields = {
+        "backbone_config": dict(TINY_BACKBONE),
+        "num_labels": NUM_LABELS,
+        **TINY_CONFIGS[name],
+        **changes,
+    }
+    return variants[name].config(**fields)
+
+
+def tiny_batch():
+    """Two pictures of unlike sizes on one canvas, with two objects and one object."""
+    pixel_mask = torch.zeros(2, 70, 101, dtype=torch.int64)
+    pixel_mask[0, :70, :64] = 1
+    pixel_mask[1, :45, :101] = 1
+    return {
+        "pixel_values": torch.randn(2, 3, 70, 101) * pixel_mask[:, None],
+        "pixel_mask": pixel_mask,
+    }
+
+
+def tiny_labels():
+    return [
+        {
+            "class_labels": torch.tensor([2, 0]),
+            "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.5], [0.2, 0.7, 0.2, 0.1]]),
+        },
+        {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.6, 0.5, 0.7, 0.9]])},
+    ]
+
+
+def no_objects():
+    return {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+
+
+def perturb(model, scale=0.1):
+    """Move all weights and statistics off their first values, so that none is neutral."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "bias")):
+                buffer.add_(torch.randn_like(buffer) * scale)
+            elif name.endswith(("running_var", "weight")):
+                buffer.mul_(1 + torch.rand_like(buffer) * scale)
+    return model
+
+
+def picture(width, height, seed=0):
+    """A coloured picture that is alike nowhere."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
