@@ -1,0 +1,18 @@
+"""Detection datasets: loading, augmentation, batches."""
+
+from hf_querydet.data.collate import DetectionCollator
+from hf_querydet.data.detection_dataset import DetectionDataset, IterableDetectionDataset
+from hf_querydet.data.labels import LabelTable
+from hf_querydet.data.loading import load_detection_dataset
+from hf_querydet.data.reading import BadExampleError
+from hf_querydet.data.transforms import DetectionAugmentation
+
+__all__ = [
+    "BadExampleError",
+    "DetectionAugmentation",
+    "DetectionCollator",
+    "DetectionDataset",
+    "IterableDetectionDataset",
+    "LabelTable",
+    "load_detection_dataset",
+]

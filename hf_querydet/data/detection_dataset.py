@@ -1,0 +1,263 @@
+"""Torch datasets that turn rows into model inputs, one picture at a time."""
+
+import copy
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import datasets
+import torch
+import torch.utils.data
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from transformers.utils import logging
+
+from hf_querydet.data.labels import CategoryId, LabelTable
+from hf_querydet.data.reading import BadExampleError, RowReader
+from hf_querydet.data.transforms import apply_transforms
+from hf_querydet.image_processing_utils import DetectionImageProcessor
+
+logger = logging.get_logger(__name__)
+
+
+class _DetectionRows:
+    """What both kinds of dataset share: labels, and how a row becomes a model input."""
+
+    def __init__(self, rows: datasets.Dataset | datasets.IterableDataset, reader: RowReader):
+        self.rows = rows
+        self.reader = reader
+        self.processor: DetectionImageProcessor | None = None
+        self.transforms: Callable | None = None
+        self.do_resize = True
+
+    @property
+    def label_table(self) -> LabelTable:
+        """Categories of this split and their labels; pass it on to the other splits."""
+        return self.reader.label_table
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Label to name, for the model's config."""
+        return self.label_table.id2label
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Name to label, for the model's config."""
+        return self.label_table.label2id
+
+    @property
+    def label_to_category(self) -> dict[int, CategoryId]:
+        """Label to the dataset's own category id, for results in the dataset's terms."""
+        return self.label_table.label_to_category
+
+    def with_labels(self, id2label: Mapping[int, str]) -> Self:
+        """A copy whose categories have the labels of a model, joined by name.
+
+        Args:
+            id2label: ``model.config.id2label``.
+
+        Raises:
+            ValueError: If the model lacks a name that the dataset has.
+        """
+        other = copy.copy(self)
+        table = self.label_table.for_model(id2label)
+        other.reader = RowReader(table, self.reader.category_key, self.reader.has_image_ids)
+        return other
+
+    def with_processor(
+        self,
+        processor: DetectionImageProcessor,
+        transforms: Callable | None = None,
+        *,
+        do_resize: bool | None = None,
+    ) -> Self:
+        """A copy whose items are model inputs: ``pixel_values`` (3, height, width) and ``labels``.
+
+        Args:
+            processor: Image processor of the model.
+            transforms: Called as ``transforms(picture, target)`` in the manner of
+                torchvision.transforms.v2, before the processor. See
+                :func:`hf_querydet.data.transforms.apply_transforms`.
+            do_resize: Whether the processor resizes. Not given: it does, unless ``transforms`` have
+                an attribute ``resizes`` that is true, as :class:`DetectionAugmentation` has.
+        """
+        other = copy.copy(self)
+        other.processor, other.transforms = processor, transforms
+        resized = getattr(transforms, "resizes", False)
+        other.do_resize = (not resized and processor.do_resize) if do_resize is None else do_resize
+        return other
+
+    def _item(self, row: Mapping[str, Any], row_number: int) -> dict[str, Any]:
+        image, annotations = self.reader.read(row, row_number)
+        if self.processor is None:
+            return {"image": image, "annotations": annotations}
+        try:
+            return self._model_input(image, annotations)
+        except Exception as error:
+            error.add_note(f"While preparing {self.reader.describe(row, row_number)}.")
+            raise
+
+    def _model_input(self, image: Image.Image, annotations: dict[str, Any]) -> dict[str, Any]:
+        if self.transforms is not None:
+            image, annotations = apply_transforms(self.transforms, image, annotations)
+        # Padding belongs to the batch.
+        batch = self.processor(
+            images=image,
+            annotations=annotations,
+            do_resize=self.do_resize,
+            do_pad=False,
+            input_data_format="channels_first",  # of tensors, which transforms return
+            return_tensors="pt",
+        )
+        return {"pixel_values": batch["pixel_values"][0], "labels": dict(batch["labels"][0])}
+
+
+class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
+    """Detection data with random access; pictures are decoded when an item is asked for.
+
+    Items are ``{"image", "annotations"}`` (PIL, dictionary) until :meth:`with_processor` is called.
+
+    Attributes:
+        rows: The rows behind it, pictures undecoded.
+        skipped: One message per row that was left out because it cannot be used.
+    """
+
+    def __init__(self, rows: datasets.Dataset, reader: RowReader):
+        super().__init__(rows, reader)
+        self.skipped: list[str] = []
+        # Row numbers of the whole dataset; a bad row leaves a gap, so that messages stay true.
+        self._row_numbers = range(len(rows))
+
+    def __len__(self) -> int:
+        return len(self._row_numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row_number = self._row_numbers[index]
+        return self._item(self.rows[row_number], row_number)
+
+    def without_bad_images(self, num_threads: int | None = None) -> Self:
+        """A copy without the rows whose picture or annotations cannot be used.
+
+        Every picture is decoded once, so that the length is known before training and is the same
+        in every process and every worker. The messages are in ``skipped``.
+
+        Args:
+            num_threads: How many pictures are decoded at once; not given: one per core.
+        """
+        threads = num_threads or os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            problems = list(pool.map(self._problem, self._row_numbers))
+        other = copy.copy(self)
+        other.skipped = [problem for problem in problems if problem is not None]
+        pairs = zip(self._row_numbers, problems, strict=True)
+        other._row_numbers = [number for number, problem in pairs if problem is None]
+        if other.skipped:
+            logger.warning(
+                f"Skipped {len(other.skipped)} of {len(self)} rows:\n" + "\n".join(other.skipped)
+            )
+        return other
+
+    def select(self, indices: range | list[int]) -> Self:
+        """A copy with the items at these places only, in this order."""
+        other = copy.copy(self)
+        other._row_numbers = [self._row_numbers[index] for index in indices]
+        return other
+
+    def _problem(self, row_number: int) -> str | None:
+        try:
+            self.reader.read(self.rows[row_number], row_number)
+        except BadExampleError as error:
+            return str(error)
+        return None
+
+
+class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset):
+    """Detection data that arrives as a stream; see :class:`DetectionDataset` for the items.
+
+    Rows without a whole-number image id get one that no other worker or process gives.
+
+    Args:
+        rows: The stream.
+        reader: Reads its rows.
+        skip_bad_images: Leave out rows that cannot be used instead of raising.
+    """
+
+    def __init__(
+        self, rows: datasets.IterableDataset, reader: RowReader, *, skip_bad_images: bool = False
+    ):
+        super().__init__(rows, reader)
+        self._rank, self._num_processes = 0, 1
+        self._skip_list = _SkipList() if skip_bad_images else None
+
+    @property
+    def skipped(self) -> list[str]:
+        """One message per row left out so far, by all workers of this process together."""
+        return self._skip_list.read() if self._skip_list else []
+
+    def shuffle(self, seed: int | None = None, buffer_size: int = 1000) -> Self:
+        """A copy that draws from a buffer of this many rows; new order after :meth:`set_epoch`."""
+        other = copy.copy(self)
+        # Shuffled before pictures are decoded: the buffer holds their files only.
+        other.rows = self.rows.shuffle(seed=seed, buffer_size=buffer_size)
+        return other
+
+    def take(self, count: int) -> Self:
+        """A copy that ends after this many rows."""
+        other = copy.copy(self)
+        other.rows = self.rows.take(count)
+        return other
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the order of a shuffled stream depends on."""
+        self.rows.set_epoch(epoch)
+
+    def split_by_process(self, rank: int, num_processes: int) -> Self:
+        """A copy with the share of one process; shares may differ in length by some rows."""
+        other = copy.copy(self)
+        other.rows = split_dataset_by_node(self.rows, rank=rank, world_size=num_processes)
+        other._rank, other._num_processes = rank, num_processes
+        return other
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = self._rank * num_workers + worker_id
+        step = self._num_processes * num_workers
+        for count, row in enumerate(self.rows):
+            try:
+                yield self._item(row, first + count * step)
+            except BadExampleError as error:
+                if self._skip_list is None:
+                    raise
+                self._skip_list.add(str(error))
+
+
+class _SkipList:
+    """Messages that several worker processes write and one reads, kept in a temporary file."""
+
+    def __init__(self):
+        handle, name = tempfile.mkstemp(prefix="skipped_rows_", suffix=".jsonl")
+        os.close(handle)
+        self._file = Path(name)
+        weakref.finalize(self, _delete_own_file, self._file, os.getpid())
+
+    def add(self, message: str) -> None:
+        logger.warning(f"Skipped {message}")
+        # One short write in append mode is not torn apart by other writers.
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(message) + "\n")
+
+    def read(self) -> list[str]:
+        lines = self._file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def _delete_own_file(file: Path, owner: int) -> None:
+    # Forked workers inherit the finaliser with the object, but the file belongs to their parent.
+    if os.getpid() == owner:
+        file.unlink(missing_ok=True)

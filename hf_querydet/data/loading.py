@@ -1,0 +1,238 @@
+"""Detection data from wherever it lies, in one form."""
+
+import glob
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_querydet.data.coco import COCO_FILE_NAMES, load_coco_rows
+from hf_querydet.data.detection_dataset import DetectionDataset, IterableDetectionDataset
+from hf_querydet.data.labels import CategoryId, LabelTable, names_by_category
+from hf_querydet.data.reading import CATEGORY_KEYS, RowReader, objects_as_columns
+
+Rows = datasets.Dataset | datasets.IterableDataset
+
+
+def load_detection_dataset(
+    name_or_path: str | Path,
+    *,
+    split: str,
+    label_names: Sequence[str] | Mapping[CategoryId, str] | None = None,
+    label_table: LabelTable | None = None,
+    picture_dir: str | Path | None = None,
+    streaming: bool = False,
+    skip_bad_images: bool = False,
+    require_boxes: bool = True,
+    config_name: str | None = None,
+    **load_options: Any,
+) -> DetectionDataset | IterableDetectionDataset:
+    """Load one split of a detection dataset.
+
+    What ``name_or_path`` may be:
+
+    - a dataset on the Hub, or a local folder that ``datasets`` can load, with the columns
+      ``image``, ``image_id`` (optional) and ``objects``, which has ``bbox`` (COCO: left, top,
+      width, height in pixels), ``category`` or ``category_id``, and optionally ``area`` and
+      ``iscrowd``;
+    - a folder of pictures with a ``metadata.jsonl`` of that form, or a folder of such folders named
+      after the splits;
+    - a COCO json, or a folder with an ``instances.json`` or ``_annotations.coco.json``, or a folder
+      of such folders. ``{split}`` in the path (and in ``picture_dir``) stands for the split:
+      ``"coco/annotations/instances_{split}.json"``.
+
+    Categories are numbered 0..K-1 once: in the order of a ClassLabel, else sorted. Pass the
+    ``label_table`` of the training split on to the other splits, so that all are numbered alike.
+
+    Args:
+        name_or_path: See above.
+        split: Name of the split. A single folder or json has one, whatever it is called.
+        label_names: Names of all categories, where the dataset has none or others are wanted; see
+            :meth:`LabelTable.from_categories`. Streams whose categories are no ClassLabel need it.
+        label_table: Labels of another split, to be used here.
+        picture_dir: For a COCO json: where its pictures are, if not beside it.
+        streaming: Read rows while training instead of before. There is no length then.
+        skip_bad_images: Leave out rows whose picture or annotations cannot be used, and list them
+            in ``skipped``. Without streaming every picture is decoded once for this while loading.
+        require_boxes: Raise if the split has not a single box. (A stream is only checked for the
+            column.)
+        config_name: Name of the configuration, for a Hub dataset with several.
+        **load_options: For ``datasets.load_dataset``: ``revision``, ``token``, ``cache_dir``, ...
+
+    Returns:
+        A torch dataset of pictures with annotations; call its ``with_processor`` next.
+
+    Raises:
+        FileNotFoundError: If a path or its pictures are not there.
+        ValueError: If the columns, categories or image ids are not as described.
+    """
+    rows, names = _load_rows(
+        str(name_or_path), split, picture_dir, streaming, config_name, load_options
+    )
+    category_key, category = _find_category(rows.features, require_boxes)
+    if isinstance(category, datasets.ClassLabel):
+        names = dict(enumerate(category.names))
+    if label_table is not None:
+        if label_names is not None:
+            raise ValueError("label_names and label_table exclude each other; pass one of them.")
+        table = label_table.for_split(names)
+        if not streaming:
+            _check_boxes(rows, split, require_boxes)
+    elif streaming:
+        table = _table_of_stream(category, names, label_names)
+    else:
+        categories = _check_boxes(rows, split, require_boxes, category_key)
+        table = LabelTable.from_categories(
+            names or categories, names=names, label_names=label_names
+        )
+    reader = RowReader(table, category_key, _has_integer_ids(rows))
+    if streaming:
+        return IterableDetectionDataset(rows, reader, skip_bad_images=skip_bad_images)
+    _check_image_ids(rows, reader)
+    dataset = DetectionDataset(rows, reader)
+    return dataset.without_bad_images() if skip_bad_images else dataset
+
+
+def _load_rows(
+    name_or_path: str,
+    split: str,
+    picture_dir: str | Path | None,
+    streaming: bool,
+    config_name: str | None,
+    load_options: dict[str, Any],
+) -> tuple[Rows, dict[CategoryId, str] | None]:
+    """Rows with undecoded pictures, and the names of a COCO json's categories."""
+    path = Path(name_or_path.replace("{split}", split)).expanduser()
+    json_file = _find_coco_file(path, split)
+    if json_file is not None:
+        pictures = picture_dir and Path(str(picture_dir).replace("{split}", split)).expanduser()
+        rows, names = load_coco_rows(json_file, pictures)
+        return (rows.to_iterable_dataset() if streaming else rows), names
+    if picture_dir is not None:
+        raise ValueError(
+            f"picture_dir belongs to a COCO json, but {name_or_path} is none and contains none "
+            f"named {' or '.join(COCO_FILE_NAMES)}."
+        )
+    folder = _find_metadata_folder(path, split)
+    if folder is not None:
+        # Named file by file: split names inside file names would otherwise be taken for splits.
+        files = {split: str(Path(glob.escape(str(folder))) / "**")}
+        rows = datasets.load_dataset(
+            "imagefolder", data_files=files, split=split, streaming=streaming, **load_options
+        )
+    else:
+        rows = datasets.load_dataset(
+            name_or_path, config_name, split=split, streaming=streaming, **load_options
+        )
+    if rows.features is None:
+        rows = rows._resolve_features()
+    if "image" in rows.features:
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    return rows, None
+
+
+def _find_coco_file(path: Path, split: str) -> Path | None:
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
+        return path
+    if _find_metadata_folder(path, split) is not None:
+        return None
+    candidates = [folder / name for folder in (path / split, path) for name in COCO_FILE_NAMES]
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _find_metadata_folder(path: Path, split: str) -> Path | None:
+    folders = (path / split, path)
+    return next((folder for folder in folders if (folder / "metadata.jsonl").is_file()), None)
+
+
+def _find_category(features: datasets.Features, require_boxes: bool) -> tuple[str, Any]:
+    """Key and type of the categories in the column objects."""
+    if "image" not in features:
+        raise ValueError(f"The dataset has no column image, it has {sorted(features)}.")
+    objects = features.get("objects")
+    if objects is None:
+        if require_boxes:
+            raise ValueError(
+                f"The dataset has no boxes: there is no column objects among {sorted(features)}. "
+                "It needs objects with bbox and category."
+            )
+        return CATEGORY_KEYS[0], None
+    fields = objects.feature if isinstance(objects, datasets.List) else objects
+    fields = fields if isinstance(fields, Mapping) else {}
+    key = next((key for key in CATEGORY_KEYS if key in fields), None)
+    if "bbox" not in fields or key is None:
+        raise ValueError(
+            f"The column objects needs bbox and one of {list(CATEGORY_KEYS)}, it has "
+            f"{sorted(fields)}."
+        )
+    category = fields[key]
+    return key, category.feature if isinstance(category, datasets.List) else category
+
+
+def _check_boxes(
+    rows: datasets.Dataset, split: str, require_boxes: bool, category_key: str | None = None
+) -> set[CategoryId]:
+    """Raise if there is no box, and collect the categories that occur if their key is given."""
+    categories, num_boxes = set(), 0
+    if "objects" in rows.column_names:
+        for batch in rows.select_columns("objects").iter(batch_size=1000):
+            for objects in _as_rows(batch["objects"]):
+                columns = objects_as_columns(objects)
+                num_boxes += len(columns.get("bbox") or [])
+                categories.update(columns.get(category_key) or [])
+            if num_boxes and category_key is None:
+                break
+    if require_boxes and num_boxes == 0:
+        raise ValueError(
+            f"The dataset has no boxes: the objects of all {len(rows)} rows of the split {split!r} "
+            "are empty."
+        )
+    return categories - {None}
+
+
+def _as_rows(batch: Any) -> list[Any]:
+    """The objects of several pictures, one by one."""
+    if isinstance(batch, Mapping):
+        keys = list(batch)
+        return [
+            dict(zip(keys, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+    return batch
+
+
+def _table_of_stream(
+    category: Any,
+    names: dict[CategoryId, str] | None,
+    label_names: Sequence[str] | Mapping[CategoryId, str] | None,
+) -> LabelTable:
+    if names is None and label_names is None:
+        raise ValueError(
+            "streaming=True needs the categories beforehand, and this dataset does not name them; "
+            "pass label_names, or the label_table of another split."
+        )
+    if names is None:
+        by_name = isinstance(category, datasets.Value) and category.dtype.endswith("string")
+        names = names_by_category(label_names, by_name=by_name)
+        label_names = None
+    return LabelTable.from_categories(names, names=names, label_names=label_names)
+
+
+def _has_integer_ids(rows: Rows) -> bool:
+    feature = rows.features.get("image_id")
+    return isinstance(feature, datasets.Value) and "int" in feature.dtype
+
+
+def _check_image_ids(rows: datasets.Dataset, reader: RowReader) -> None:
+    if not reader.has_image_ids:
+        return
+    counts = Counter(rows["image_id"])
+    repeated = [image_id for image_id, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"image_id must be different in every row, but {repeated[:10]} occur more than once "
+            f"({len(repeated)} such ids); results could not be told apart."
+        )

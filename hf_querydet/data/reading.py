@@ -1,0 +1,135 @@
+"""From a row of a dataset to a picture and its annotations, checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from hf_querydet.coco_annotations import prepare_labels
+from hf_querydet.data.labels import LabelTable
+
+CATEGORY_KEYS = ("category", "category_id")
+
+
+class BadExampleError(ValueError):
+    """A row that cannot be used: its picture cannot be read or its annotations are wrong."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads one row of a dataset in the usual columns of the Hub.
+
+    Columns: ``image`` (undecoded: path and bytes), ``image_id`` (optional), ``objects`` with
+    ``bbox`` (COCO: left, top, width, height in pixels), ``category`` or ``category_id``, and
+    optionally ``area`` and ``iscrowd``; either a mapping of lists or a list of mappings.
+
+    Attributes:
+        label_table: From the dataset's categories to labels.
+        category_key: Key of the category in ``objects``.
+        has_image_ids: Whether the ``image_id`` column holds whole numbers. Where it does not, the
+            number of the row stands for it.
+    """
+
+    label_table: LabelTable
+    category_key: str
+    has_image_ids: bool
+
+    def image_id(self, row: Mapping[str, Any], row_number: int) -> int:
+        """Number that identifies the picture of a row in results."""
+        return row["image_id"] if self.has_image_ids else row_number
+
+    def read(self, row: Mapping[str, Any], row_number: int) -> tuple[Image.Image, dict[str, Any]]:
+        """Picture and annotations of one row.
+
+        Args:
+            row: One row of the dataset, its picture undecoded.
+            row_number: Its number, for messages and for datasets without image ids.
+
+        Returns:
+            The picture, upright as its EXIF orientation says, and the annotations as an image
+            processor takes them: ``{"image_id": ..., "annotations": [{"bbox", "category_id",
+            "area", "iscrowd"}, ...]}``, where ``category_id`` is a label.
+
+        Raises:
+            BadExampleError: If the picture or an annotation cannot be used. The message names the
+                row, the image id and the file.
+        """
+        try:
+            image = _decode(row["image"])
+            annotations = self._annotations(row.get("objects"))
+            annotation_set = {
+                "image_id": self.image_id(row, row_number),
+                "annotations": annotations,
+            }
+            # Only for its checks, which belong before any augmentation: afterwards a box outside
+            # the picture could not be told from one that was cropped away.
+            size = (image.height, image.width)
+            prepare_labels(annotation_set, original_size=size, resized_size=size)
+        except (TypeError, ValueError) as error:
+            raise BadExampleError(f"{self.describe(row, row_number)}: {error}") from error
+        return image, annotation_set
+
+    def describe(self, row: Mapping[str, Any], row_number: int) -> str:
+        """Row, image id and file, for messages."""
+        file = (row["image"] or {}).get("path") or "stored in the dataset"
+        return f"row {row_number} (image_id {row.get('image_id', row_number)}, file {file})"
+
+    def _annotations(self, objects: Any) -> list[dict[str, Any]]:
+        columns = objects_as_columns(objects)
+        bboxes = columns.get("bbox") or []
+        categories = columns.get(self.category_key) or []
+        if len(bboxes) != len(categories):
+            raise ValueError(
+                f"objects has {len(bboxes)} values of bbox but {len(categories)} of "
+                f"{self.category_key}; each object needs both."
+            )
+        if not bboxes:
+            return []
+        areas = _optional(columns, "area", len(bboxes))
+        iscrowd = _optional(columns, "iscrowd", len(bboxes))
+        return [
+            {
+                "bbox": bbox,
+                "category_id": self.label_table.label_of(category),
+                "area": area,
+                "iscrowd": crowd or 0,
+            }
+            for bbox, category, area, crowd in zip(bboxes, categories, areas, iscrowd, strict=True)
+        ]
+
+
+def objects_as_columns(objects: Any) -> dict[str, list[Any]]:
+    """The objects of a picture as a mapping of lists, whichever of the two forms they came in."""
+    if not objects:
+        return {}
+    if isinstance(objects, Mapping):
+        return dict(objects)
+    return {key: [each.get(key) for each in objects] for key in objects[0]}
+
+
+def _decode(image: Mapping[str, Any] | None) -> Image.Image:
+    if image is None:
+        raise ValueError("the image column is empty.")
+    try:
+        # Local files are read here: from a path, datasets leaves the file open if decoding fails.
+        path, content = image.get("path"), image.get("bytes")
+        if content is None and path is not None and Path(path).is_file():
+            content = Path(path).read_bytes()
+        # Loads all pixels, which finds truncated files, and applies the EXIF orientation.
+        return datasets.Image().decode_example({"path": path, "bytes": content})
+    # Pillow raises OSError, SyntaxError, struct.error and more, depending on the format.
+    except Exception as error:
+        raise ValueError(f"the picture cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _optional(columns: dict[str, list[Any]], key: str, count: int) -> list[Any]:
+    """A column of which each value, or all of it, may be missing."""
+    values = columns.get(key)
+    if values is None:
+        return [None] * count
+    if len(values) != count:
+        raise ValueError(f"objects has {count} values of bbox but {len(values)} of {key}.")
+    return values

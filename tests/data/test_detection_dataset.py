@@ -1,0 +1,349 @@
+import json
+import pickle
+import time
+
+import datasets
+import pytest
+import torch
+from detection_data import OBJECTS, SIZES, write_image_folder, write_picture
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hf_querydet.data import (
+    BadExampleError,
+    DetectionAugmentation,
+    DetectionCollator,
+    IterableDetectionDataset,
+    LabelTable,
+    load_detection_dataset,
+)
+from hf_querydet.data.reading import RowReader
+
+NAMES = ["ant", "cat", "dog"]
+
+
+def change_row(folder, number, **values):
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[number] = json.dumps({**json.loads(lines[number]), **values})
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.fixture
+def folder_with_bad_rows(image_folder):
+    """Row 0 has a truncated picture, row 3 an impossible box; rows 1 and 2 are good."""
+    truncate(image_folder / "0.png")
+    change_row(image_folder, 3, objects={"bbox": [[1.0, 2.0, -3.0, 4.0]], "category": ["ant"]})
+    return image_folder
+
+
+def test_items_are_what_the_processor_makes_of_each_picture(image_folder, processor):
+    dataset = load_detection_dataset(image_folder, split="train").with_processor(processor)
+
+    item = dataset[0]
+
+    # 61x43 (width x height) with the shorter side 32: int(32 * 61 / 43) = 45.
+    assert item["pixel_values"].shape == (3, 32, 45)
+    assert item["pixel_values"].dtype == torch.float32
+    labels = item["labels"]
+    assert labels["orig_size"].tolist() == [43, 61]
+    assert labels["size"].tolist() == [32, 45]
+    assert labels["image_id"].tolist() == [10]
+    assert labels["class_labels"].tolist() == [1, 2]
+    # bbox [5, 4, 20, 11] and [30, 20, 9, 15] as centre and size, relative to 61x43.
+    expected = [[15 / 61, 9.5 / 43, 20 / 61, 11 / 43], [34.5 / 61, 27.5 / 43, 9 / 61, 15 / 43]]
+    torch.testing.assert_close(labels["boxes"], torch.tensor(expected))
+
+
+def test_a_picture_without_objects_gives_empty_labels(image_folder, processor):
+    dataset = load_detection_dataset(image_folder, split="train").with_processor(processor)
+
+    labels = dataset[1]["labels"]
+
+    assert labels["boxes"].shape == (0, 4)
+    assert labels["class_labels"].shape == (0,)
+
+
+def test_labels_of_a_model_replace_those_of_the_dataset(image_folder, processor):
+    dataset = load_detection_dataset(image_folder, split="train").with_processor(processor)
+
+    renumbered = dataset.with_labels({0: "N/A", 1: "dog", 2: "cat", 3: "N/A", 4: "ant"})
+
+    assert renumbered[0]["labels"]["class_labels"].tolist() == [2, 1]
+    assert dataset[0]["labels"]["class_labels"].tolist() == [1, 2]
+    assert renumbered.label_to_category == {1: "dog", 2: "cat", 4: "ant"}
+
+
+def test_select_keeps_the_number_of_each_row(image_folder):
+    dataset = load_detection_dataset(image_folder, split="train").select([2, 0])
+
+    assert [item["annotations"]["image_id"] for item in dataset] == [16, 10]
+
+
+def test_workers_give_the_same_batches(image_folder, processor):
+    dataset = load_detection_dataset(image_folder, split="train").with_processor(processor)
+    options = {"batch_size": 3, "collate_fn": DetectionCollator(processor)}
+
+    alone = list(DataLoader(dataset, **options))
+    workers = DataLoader(dataset, num_workers=2, **options)
+
+    for batch, expected in zip(workers, alone, strict=True):
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"])
+        for labels, expected_labels in zip(batch["labels"], expected["labels"], strict=True):
+            torch.testing.assert_close(labels, expected_labels)
+
+
+def test_augmentation_follows_the_seed_also_in_workers(image_folder, processor):
+    dataset = load_detection_dataset(image_folder, split="train").with_processor(
+        processor, DetectionAugmentation(processor)
+    )
+
+    def epoch(seed, num_workers):
+        loader = DataLoader(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=DetectionCollator(processor),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        torch.manual_seed(seed)
+        return [batch["pixel_values"] for batch in loader]
+
+    for num_workers in (0, 2):
+        first, again = epoch(5, num_workers), epoch(5, num_workers)
+        other = epoch(6, num_workers)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, other, strict=True)
+        )
+
+
+def test_the_processor_does_not_resize_what_transforms_have_resized(image_folder, processor):
+    plain = load_detection_dataset(image_folder, split="train")
+
+    def doubled(picture, target):
+        return torch.nn.functional.pad(picture, (0, 7, 0, 5)), target
+
+    assert plain.with_processor(processor, doubled)[0]["pixel_values"].shape[1] == 32
+    doubled.resizes = True
+    assert plain.with_processor(processor, doubled)[0]["pixel_values"].shape == (3, 48, 68)
+    again = plain.with_processor(processor, doubled, do_resize=True)
+    assert again[0]["pixel_values"].shape[1] == 32
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: truncate(folder / "2.png"), "the picture cannot be read: OSError"),
+        (lambda folder: (folder / "2.png").write_text("text"), "the picture cannot be read"),
+        (
+            lambda folder: change_row(
+                folder, 2, objects={"bbox": [[1.0, 2.0, 3.0]], "category": ["dog"]}
+            ),
+            "bbox",
+        ),
+        (
+            lambda folder: change_row(
+                folder, 2, objects={"bbox": [[1.0, 2.0, 3.0, -4.0]], "category": ["dog"]}
+            ),
+            "bbox",
+        ),
+        (
+            lambda folder: change_row(
+                folder, 2, objects={"bbox": [[76.0, 2.0, 3.0, 4.0]], "category": ["dog"]}
+            ),
+            "bbox",
+        ),
+        (
+            lambda folder: change_row(
+                folder, 2, objects={"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": []}
+            ),
+            "1 values of bbox but 0 of category",
+        ),
+        (
+            lambda folder: change_row(
+                folder, 2, objects={"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["owl"]}
+            ),
+            "category 'owl' is not among",
+        ),
+    ],
+    ids=["truncated", "no-picture", "short", "negative", "outside", "counts", "category"],
+)
+def test_a_row_that_cannot_be_used_is_named(image_folder, processor, damage, message):
+    table = load_detection_dataset(image_folder, split="train").label_table
+    damage(image_folder)
+    dataset = load_detection_dataset(image_folder, split="train", label_table=table)
+    dataset = dataset.with_processor(processor)
+
+    with pytest.raises(BadExampleError, match=rf"row 2 \(image_id 16, file .*2\.png\).*{message}"):
+        dataset[2]
+    assert dataset[1]["labels"]["image_id"] == 13
+
+
+def test_lists_of_unlike_length_are_named(image_folder):
+    objects = {"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["dog"], "area": [1.0, 2.0]}
+    write_image_folder(image_folder, [objects])
+
+    with pytest.raises(BadExampleError, match=r"row 0 .* 1 values of bbox but 2 of area"):
+        load_detection_dataset(image_folder, split="train")[0]
+
+
+def test_a_picture_that_disappeared_is_named(image_folder):
+    dataset = load_detection_dataset(image_folder, split="train")
+    (image_folder / "1.png").unlink()
+
+    with pytest.raises(BadExampleError, match=r"row 1 \(image_id 13, .*FileNotFoundError"):
+        dataset[1]
+
+
+def test_the_message_comes_out_of_a_worker(folder_with_bad_rows, processor):
+    dataset = load_detection_dataset(folder_with_bad_rows, split="train").with_processor(processor)
+    loader = DataLoader(dataset, num_workers=2, collate_fn=DetectionCollator(processor))
+    batches = iter(loader)
+
+    with pytest.raises(BadExampleError, match=r"row 0 \(image_id 10, file .*0\.png\)"):
+        next(batches)
+    # Read to the end: torch waits ten seconds for workers that are left in the middle.
+    assert [int(next(batches)["labels"][0]["image_id"]) for _ in range(2)] == [13, 16]
+    with pytest.raises(BadExampleError, match="row 3"):
+        next(batches)
+    assert next(batches, None) is None
+
+
+def test_what_fails_after_reading_says_at_which_row(image_folder, processor):
+    def failing(picture, target):
+        raise RuntimeError("no luck")
+
+    dataset = load_detection_dataset(image_folder, split="train")
+
+    with pytest.raises(RuntimeError, match="no luck") as caught:
+        dataset.with_processor(processor, failing)[3]
+    assert "row 3 (image_id 19" in caught.value.__notes__[0]
+
+
+def test_bad_rows_are_left_out_counted_and_listed(folder_with_bad_rows, processor):
+    dataset = load_detection_dataset(folder_with_bad_rows, split="train", skip_bad_images=True)
+
+    assert len(dataset) == 2
+    assert [message.split(",")[0] for message in dataset.skipped] == [
+        "row 0 (image_id 10",
+        "row 3 (image_id 19",
+    ]
+    loader = DataLoader(
+        dataset.with_processor(processor), num_workers=2, collate_fn=DetectionCollator(processor)
+    )
+    assert [int(batch["labels"][0]["image_id"]) for batch in loader] == [13, 16]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_lists_the_rows_it_left_out_whichever_worker_did(
+    folder_with_bad_rows, processor, num_workers
+):
+    stream = load_detection_dataset(
+        folder_with_bad_rows,
+        split="train",
+        streaming=True,
+        label_names=NAMES,
+        skip_bad_images=True,
+    ).with_processor(processor)
+    loader = DataLoader(
+        stream,
+        batch_size=2,
+        num_workers=num_workers,
+        collate_fn=DetectionCollator(processor),
+    )
+
+    batches = list(loader)
+
+    assert [len(batch["labels"]) for batch in batches] == [2]
+    assert [message.split(",")[0] for message in stream.skipped] == [
+        "row 0 (image_id 10",
+        "row 3 (image_id 19",
+    ]
+
+
+def test_a_stream_raises_if_it_may_not_skip(folder_with_bad_rows):
+    stream = load_detection_dataset(
+        folder_with_bad_rows, split="train", streaming=True, label_names=NAMES
+    )
+
+    with pytest.raises(BadExampleError, match="row 0"):
+        list(stream)
+
+
+@pytest.fixture
+def stream_without_ids(tmp_path):
+    """Seven rows in two shards, no image ids."""
+    rows = []
+    for number in range(7):
+        write_picture(tmp_path / f"{number}.png", (20 + number, 30), seed=number)
+        image = {"path": str(tmp_path / f"{number}.png"), "bytes": None}
+        objects = {"bbox": [[1.0, 1.0, 5.0, 6.0]], "category": [0]}
+        rows.append({"image": image, "objects": objects})
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+    table = LabelTable({0: "thing"}, {0: 0})
+    return IterableDetectionDataset(stream, RowReader(table, "category", has_image_ids=False))
+
+
+def test_workers_and_processes_share_a_stream_without_repeating_rows_or_ids(stream_without_ids):
+    shares = [stream_without_ids.split_by_process(rank, 2) for rank in range(2)]
+    split_by_worker = list(DataLoader(stream_without_ids, num_workers=2, batch_size=None))
+
+    for items in ([*shares[0], *shares[1]], split_by_worker):
+        assert sorted(item["image"].width for item in items) == list(range(20, 27))
+        ids = [item["annotations"]["image_id"] for item in items]
+        assert len(set(ids)) == 7
+
+
+def test_a_shuffled_stream_has_a_new_order_each_epoch(stream_without_ids):
+    stream = stream_without_ids.shuffle(seed=3, buffer_size=7)
+
+    orders = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        orders.append([item["image"].width for item in stream])
+
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(20, 27))
+    assert [item["image"].width for item in stream_without_ids.take(2)] == [20, 21]
+
+
+def test_datasets_survive_pickling(image_folder, processor):
+    dataset = load_detection_dataset(image_folder, split="train").with_processor(
+        processor, DetectionAugmentation(processor)
+    )
+
+    copy = pickle.loads(pickle.dumps(dataset))
+
+    torch.manual_seed(1)
+    expected = dataset[2]["pixel_values"]
+    torch.manual_seed(1)
+    assert torch.equal(copy[2]["pixel_values"], expected)
+
+
+def test_rotated_photos_are_read_upright(tmp_path):
+    folder = write_image_folder(tmp_path / "photos", OBJECTS[:1])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to see it upright"
+    with Image.open(folder / "0.png") as image:
+        image.copy().save(folder / "0.png", exif=exif)
+
+    image = load_detection_dataset(folder, split="train")[0]["image"]
+
+    assert image.size == SIZES[0][::-1]
+
+
+def test_ten_thousand_objects_are_read_in_a_moment(tmp_path, processor):
+    objects = {"bbox": [[1.0, 2.0, 5.0, 6.0]] * 10_000, "category": ["ant"] * 10_000}
+    folder = write_image_folder(tmp_path / "crowd", [objects])
+    dataset = load_detection_dataset(folder, split="train").with_processor(
+        processor, DetectionAugmentation(processor)
+    )
+
+    start = time.perf_counter()
+    item = dataset[0]
+
+    assert time.perf_counter() - start < 5  # takes a tenth of a second; a loop of tensors, minutes
+    assert item["labels"]["boxes"].shape[1] == 4

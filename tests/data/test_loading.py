@@ -1,0 +1,317 @@
+import json
+
+import datasets
+import pytest
+from detection_data import OBJECTS, SIZES, write_coco, write_image_folder, write_picture
+
+from hf_querydet.data import DetectionDataset, IterableDetectionDataset, load_detection_dataset
+
+CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 11, "name": "owl"}]
+COCO_OBJECTS = [
+    [
+        {"bbox": [5.0, 4.0, 20.0, 11.0], "category_id": 3, "area": 150.5, "iscrowd": 0},
+        {"bbox": [30.0, 20.0, 9.0, 15.0], "category_id": 7, "area": 90, "iscrowd": 1},
+    ],
+    [],
+    [{"bbox": [1.0, 2.0, 30.0, 25.0], "category_id": 7}],
+]
+
+
+def annotations_of(dataset):
+    return [item["annotations"] for item in dataset]
+
+
+def table_rows(category):
+    """Rows in the Hub's columns, objects as a mapping of lists."""
+    return {
+        "image": [None, None],
+        "image_id": [4, 2],
+        "objects": [
+            {"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [category]},
+            {"bbox": [], "category": []},
+        ],
+    }
+
+
+def write_table(folder, rows, features=None, split="train"):
+    """A local dataset in the Hub's layout: a parquet file with the pictures inside."""
+    folder.mkdir(exist_ok=True)
+    for number in range(len(rows["image"])):
+        path = folder.parent / f"{number}.png"
+        write_picture(path, SIZES[number], seed=number)
+        rows["image"][number] = {"bytes": path.read_bytes(), "path": path.name}
+        path.unlink()
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_image_folder_gives_pictures_and_annotations(image_folder):
+    dataset = load_detection_dataset(image_folder, split="train")
+
+    assert isinstance(dataset, DetectionDataset)
+    assert dataset.id2label == {0: "ant", 1: "cat", 2: "dog"}
+    assert [item["image"].size for item in dataset] == SIZES
+    assert annotations_of(dataset)[:2] == [
+        {
+            "image_id": 10,
+            "annotations": [
+                {"bbox": [5.0, 4.0, 20.0, 11.0], "category_id": 1, "area": None, "iscrowd": 0},
+                {"bbox": [30.0, 20.0, 9.0, 15.0], "category_id": 2, "area": None, "iscrowd": 0},
+            ],
+        },
+        {"image_id": 13, "annotations": []},
+    ]
+
+
+def test_folders_named_after_splits_are_found_and_numbered_by_the_training_split(tmp_path):
+    write_image_folder(tmp_path / "train")
+    write_image_folder(tmp_path / "validation", OBJECTS[2:3], first_id=90)
+
+    train = load_detection_dataset(tmp_path, split="train")
+    validation = load_detection_dataset(tmp_path, split="validation", label_table=train.label_table)
+
+    assert (len(train), len(validation)) == (4, 1)
+    assert validation.id2label == train.id2label
+    # Alone it would be 0: the only category of this split.
+    assert annotations_of(validation)[0]["annotations"][0]["category_id"] == 2
+
+
+def test_a_folder_may_hold_glob_characters_and_split_names_in_its_files(tmp_path):
+    folder = write_image_folder(tmp_path / "[1] pets*")
+    (folder / "0.png").rename(folder / "test-0.png")
+    metadata = (folder / "metadata.jsonl").read_text().replace('"0.png"', '"test-0.png"')
+    (folder / "metadata.jsonl").write_text(metadata)
+
+    assert len(load_detection_dataset(folder, split="train")) == 4
+
+
+def test_coco_json_keeps_names_areas_and_crowds(tmp_path):
+    write_coco(tmp_path / "instances.json", tmp_path, CATEGORIES, COCO_OBJECTS)
+
+    dataset = load_detection_dataset(tmp_path / "instances.json", split="train")
+
+    # In the order of the ids 3, 7, 11, whatever the order in the file.
+    assert dataset.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert dataset.label_to_category == {0: 3, 1: 7, 2: 11}
+    assert annotations_of(dataset) == [
+        {
+            "image_id": 0,
+            "annotations": [
+                {"bbox": [5.0, 4.0, 20.0, 11.0], "category_id": 0, "area": 150.5, "iscrowd": 0},
+                {"bbox": [30.0, 20.0, 9.0, 15.0], "category_id": 1, "area": 90.0, "iscrowd": 1},
+            ],
+        },
+        {"image_id": 1, "annotations": []},
+        {
+            "image_id": 2,
+            "annotations": [
+                {"bbox": [1.0, 2.0, 30.0, 25.0], "category_id": 1, "area": None, "iscrowd": 0}
+            ],
+        },
+    ]
+
+
+@pytest.mark.parametrize("file_name", ["instances.json", "_annotations.coco.json"])
+def test_a_folder_with_a_coco_json_is_found(tmp_path, file_name):
+    write_coco(tmp_path / "train" / file_name, tmp_path / "train", CATEGORIES, COCO_OBJECTS)
+
+    assert len(load_detection_dataset(tmp_path, split="train")) == 3
+
+
+def test_split_stands_in_path_and_picture_dir(tmp_path):
+    json_file = tmp_path / "annotations" / "instances_val2017.json"
+    write_coco(json_file, tmp_path / "val2017", CATEGORIES, COCO_OBJECTS)
+
+    dataset = load_detection_dataset(
+        tmp_path / "annotations" / "instances_{split}2017.json",
+        split="val",
+        picture_dir=tmp_path / "{split}2017",
+    )
+
+    assert [item["image"].size for item in dataset] == SIZES[:3]
+
+
+def test_splits_with_other_category_ids_are_joined_by_name(tmp_path):
+    renumbered = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}, {"id": 2, "name": "owl"}]
+    objects = [[{"bbox": [1.0, 1.0, 5.0, 5.0], "category_id": 1}]]
+    write_coco(tmp_path / "a" / "instances.json", tmp_path / "a", CATEGORIES, COCO_OBJECTS)
+    write_coco(tmp_path / "b" / "instances.json", tmp_path / "b", renumbered, objects)
+    train = load_detection_dataset(tmp_path / "a", split="train")
+
+    other = load_detection_dataset(tmp_path / "b", split="test", label_table=train.label_table)
+
+    assert annotations_of(other)[0]["annotations"][0]["category_id"] == train.label2id["dog"]
+    assert other.label_to_category == {0: 0, 1: 1, 2: 2}
+
+
+def test_class_label_keeps_its_order(tmp_path):
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image_id": datasets.Value("int32"),
+            "objects": {
+                "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+                "category": datasets.List(datasets.ClassLabel(names=["zebra", "ant"])),
+            },
+        }
+    )
+    folder = write_table(tmp_path / "table", table_rows(1), features)
+
+    dataset = load_detection_dataset(folder, split="train")
+
+    assert dataset.id2label == {0: "zebra", 1: "ant"}
+    assert annotations_of(dataset)[0]["annotations"][0]["category_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("category", "id2label"), [(40, {0: "40"}), ("fish", {0: "fish"})], ids=["number", "string"]
+)
+def test_categories_without_names(tmp_path, category, id2label):
+    folder = write_table(tmp_path / "table", table_rows(category))
+
+    dataset = load_detection_dataset(folder, split="train")
+
+    assert dataset.id2label == id2label
+    assert dataset.label_to_category == {0: category}
+
+
+def test_objects_may_be_a_list_of_mappings(tmp_path):
+    rows = table_rows(5)
+    rows["objects"] = [[{"bbox": [1.0, 2.0, 3.0, 4.0], "category_id": 5, "iscrowd": True}], []]
+    folder = write_table(tmp_path / "table", rows)
+
+    first = annotations_of(load_detection_dataset(folder, split="train"))[0]["annotations"]
+
+    assert first == [{"bbox": [1.0, 2.0, 3.0, 4.0], "category_id": 0, "area": None, "iscrowd": 1}]
+
+
+@pytest.mark.parametrize("image_ids", [None, ["b7", "b8"]], ids=["missing", "strings"])
+def test_rows_without_a_number_as_image_id_are_counted(tmp_path, image_ids):
+    rows = table_rows(5)
+    del rows["image_id"]
+    if image_ids:
+        rows["image_id"] = image_ids
+    dataset = load_detection_dataset(write_table(tmp_path / "table", rows), split="train")
+
+    assert [each["image_id"] for each in annotations_of(dataset)] == [0, 1]
+
+
+def test_a_stream_gives_the_same_as_the_loaded_dataset(image_folder):
+    loaded = load_detection_dataset(image_folder, split="train")
+
+    stream = load_detection_dataset(
+        image_folder, split="train", streaming=True, label_names=["ant", "cat", "dog"]
+    )
+
+    assert isinstance(stream, IterableDetectionDataset)
+    assert stream.id2label == loaded.id2label
+    assert annotations_of(stream) == annotations_of(loaded)
+
+
+def test_a_coco_json_can_be_streamed(tmp_path):
+    write_coco(tmp_path / "instances.json", tmp_path, CATEGORIES, COCO_OBJECTS)
+    stream = load_detection_dataset(tmp_path, split="train", streaming=True)
+
+    loaded = load_detection_dataset(tmp_path, split="train")
+
+    assert annotations_of(stream) == annotations_of(loaded)
+    assert stream.label_table == loaded.label_table
+
+
+def test_a_stream_needs_its_names_beforehand(image_folder):
+    with pytest.raises(ValueError, match="streaming=True needs the categories beforehand"):
+        load_detection_dataset(image_folder, split="train", streaming=True)
+
+
+def test_a_dataset_without_the_column_objects_has_no_boxes(tmp_path):
+    rows = table_rows(1)
+    del rows["objects"]
+    folder = write_table(tmp_path / "table", rows)
+
+    with pytest.raises(ValueError, match=r"has no boxes: there is no column objects among"):
+        load_detection_dataset(folder, split="train")
+    dataset = load_detection_dataset(folder, split="train", require_boxes=False)
+    assert annotations_of(dataset)[0] == {"image_id": 4, "annotations": []}
+
+
+@pytest.mark.parametrize("pass_table", [False, True])
+def test_a_dataset_whose_lists_are_all_empty_has_no_boxes(image_folder, tmp_path, pass_table):
+    table = load_detection_dataset(image_folder, split="train").label_table
+    empty = write_image_folder(tmp_path / "empty", [OBJECTS[1], OBJECTS[1]])
+    options = {"label_table": table} if pass_table else {}
+
+    with pytest.raises(ValueError, match=r"objects of all 2 rows of the split 'train' are empty"):
+        load_detection_dataset(empty, split="train", **options)
+    assert len(load_detection_dataset(empty, split="train", require_boxes=False, **options)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objects": [{"box": [[1.0]]}] * 2}, r"objects needs bbox and one of .* it has \['box'\]"),
+        ({"image": None}, "has no column image, it has"),
+        ({"image_id": [4, 4]}, r"image_id must be different in every row, but \[4\] occur"),
+    ],
+    ids=["no-bbox", "no-image", "repeated-id"],
+)
+def test_columns_that_are_not_as_described(tmp_path, change, message):
+    folder = write_table(tmp_path / "table", table_rows(1))
+    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    for column, values in change.items():
+        rows = rows.remove_columns(column)
+        rows = rows if values is None else rows.add_column(column, values)
+    rows.to_parquet(folder / "train.parquet")
+
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(folder, split="train")
+
+
+def test_options_that_contradict_each_other(image_folder):
+    table = load_detection_dataset(image_folder, split="train").label_table
+
+    with pytest.raises(ValueError, match="label_names and label_table exclude each other"):
+        load_detection_dataset(image_folder, split="train", label_table=table, label_names=["a"])
+    with pytest.raises(ValueError, match="picture_dir belongs to a COCO json"):
+        load_detection_dataset(image_folder, split="train", picture_dir=image_folder)
+
+
+def test_a_coco_json_that_is_missing_or_broken(tmp_path):
+    broken, partial = tmp_path / "broken.json", tmp_path / "partial.json"
+    broken.write_text('{"images": [')
+    partial.write_text('{"images": []}')
+
+    with pytest.raises(FileNotFoundError, match=r"gone\.json does not exist"):
+        load_detection_dataset(tmp_path / "gone.json", split="train")
+    with pytest.raises(ValueError, match=r"broken\.json is not valid json"):
+        load_detection_dataset(broken, split="train")
+    with pytest.raises(ValueError, match=r"lacks \['annotations', 'categories'\]"):
+        load_detection_dataset(partial, split="train")
+
+
+def test_a_wrong_picture_dir_is_named_at_once(tmp_path):
+    json_file = write_coco(tmp_path / "a.json", tmp_path / "photos", CATEGORIES, COCO_OBJECTS)
+
+    with pytest.raises(FileNotFoundError, match="picture_dir must be the folder"):
+        load_detection_dataset(json_file, split="train")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda content: content["images"].append(content["images"][1]), r"image_id \[1\]"),
+        (
+            lambda content: content["annotations"][0].update(image_id=55),
+            r"annotation 0 belongs to image_id 55, which is not among the images",
+        ),
+    ],
+    ids=["repeated-picture", "orphan"],
+)
+def test_a_coco_json_that_contradicts_itself(tmp_path, edit, message):
+    json_file = write_coco(tmp_path / "a.json", tmp_path, CATEGORIES, COCO_OBJECTS)
+    content = json.loads(json_file.read_text())
+    edit(content)
+    json_file.write_text(json.dumps(content))
+
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(json_file, split="train")
