@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "image_processing_utils": {"ops", "outputs", "coco_annotations", "image_reading"},
     "coco_annotations": {"ops"},
     "image_reading": set(),
-    "data": {"image_processing_utils", "ops"},
+    "data": {"image_processing_utils", "coco_annotations", "image_reading", "ops"},
     "evaluation": {"image_processing_utils", "ops"},
     "registration": {"models", *UTILS},
     "training": ABOVE_VARIANTS,
