@@ -22,6 +22,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from hf_querydet import VARIANTS, load_detector, variant_of
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
@@ -37,6 +38,8 @@ from hf_querydet.training import (
     write_directory,
     write_json,
 )
+
+LOGGED_TERMS = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,8 +110,8 @@ def model_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def build_model(args: argparse.Namespace, id2label: dict[int, str], say: Any) -> tuple:
-    """Model and image processor, with a class head for the dataset's labels."""
+def build_model(args: argparse.Namespace, accelerator: Accelerator, id2label: dict[int, str]):
+    """Model and image processor for the dataset's labels; whether the backbone is pretrained."""
     label2id = {name: label for label, name in id2label.items()}
     size = {}
     if args.shortest_edge:
@@ -124,15 +127,16 @@ def build_model(args: argparse.Namespace, id2label: dict[int, str], say: Any) ->
         model, processor = variant.detector(config), variant.image_processor(**size)
         backbone = "published weights" if config.use_pretrained_backbone else "random weights"
         say(
+            accelerator,
             f"New {args.model}; the backbone starts from {backbone}, its norms are "
-            f"{config.backbone_norm}, {config.frozen_backbone_stages} of its stages are frozen."
+            f"{config.backbone_norm}, {config.frozen_backbone_stages} of its stages are frozen.",
         )
         return model, processor, config.use_pretrained_backbone
     model, processor = load_detector(args.model, **model_options(args.model_option))
     if set(model.config.id2label.values()) == set(id2label.values()):
-        say("The model has the dataset's labels: its class head is kept.")
+        say(accelerator, "The model has the dataset's labels: its class head is kept.")
     else:
-        say(f"New class head for {len(id2label)} labels.")
+        say(accelerator, f"New class head for {len(id2label)} labels.")
         model, processor = load_detector(
             args.model, id2label=id2label, **model_options(args.model_option)
         )
@@ -205,11 +209,12 @@ def train_one_epoch(
         if progress.step % args.log_steps == 0:
             recent = torch.tensor(losses[-args.log_steps :]).mean(0).tolist()
             terms = dict(zip(["loss", *outputs.loss_dict], recent, strict=True))
-            final_layer = "  ".join(f"{name} {terms[name]:.4f}" for name in list(terms)[:4])
+            final_layer = "  ".join(f"{name} {terms[name]:.4f}" for name in LOGGED_TERMS)
             seconds = (time.perf_counter() - started) / len(losses)
-            accelerator.print(
+            say(
+                accelerator,
                 f"step {progress.step}/{num_steps}  {final_layer}  "
-                f"lr {scheduler.get_last_lr()[0]:.2e}  {seconds:.2f} s/batch"
+                f"lr {scheduler.get_last_lr()[0]:.2e}  {seconds:.2f} s/batch",
             )
             accelerator.log(terms, step=progress.step)
         if args.checkpoint_steps and progress.step % args.checkpoint_steps == 0:
@@ -217,6 +222,17 @@ def train_one_epoch(
         if progress.step >= num_steps:
             break
     return sum(loss[0] for loss in losses) / max(len(losses), 1)
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print once, above the progress bars."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
+
+
+def hide_bar(accelerator: Accelerator) -> bool | None:
+    """Bars are for one process and for terminals, which None stands for."""
+    return None if accelerator.is_main_process else True
 
 
 def check_finite(outputs: Any, batch: dict[str, Any], step: int) -> None:
@@ -234,7 +250,7 @@ def check_finite(outputs: Any, batch: dict[str, Any], step: int) -> None:
 def evaluate(accelerator, model, processor, loader, id2label) -> dict[str, float]:
     model.eval()
     evaluator = CocoEvaluator(id2label)
-    for batch in tqdm(loader, "evaluate", leave=False, disable=not accelerator.is_main_process):
+    for batch in tqdm(loader, "evaluate", leave=False, disable=hide_bar(accelerator)):
         outputs = model(batch["pixel_values"], batch["pixel_mask"])
         sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
         detections = processor.post_process_object_detection(outputs, 0.0, sizes)
@@ -272,6 +288,8 @@ def save_checkpoint(args, accelerator, progress: TrainingProgress) -> None:
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(
+        # Said in so many words, or several processes without a GPU would each train alone.
+        cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
@@ -305,7 +323,7 @@ def main() -> None:
             )
 
     # Model; its labels rule
-    model, processor, pretrained = build_model(args, train_data.id2label, accelerator.print)
+    model, processor, pretrained = build_model(args, accelerator, train_data.id2label)
     id2label = model.config.id2label
     train_data = train_data.with_labels(id2label)
     eval_data = eval_data and eval_data.with_labels(id2label)
@@ -342,7 +360,7 @@ def main() -> None:
     accelerator.register_for_checkpointing(scheduler, progress)
     if args.resume and checkpoints:
         accelerator.load_state(checkpoints[-1])
-        accelerator.print(f"Resumed from {checkpoints[-1].name}.")
+        say(accelerator, f"Resumed from {checkpoints[-1].name}.")
     if args.report_to:
         accelerator.init_trackers(
             "train_detector",
@@ -354,7 +372,8 @@ def main() -> None:
         )
 
     # Train
-    bar = tqdm(total=num_steps, initial=progress.step, disable=not accelerator.is_main_process)
+    bar = tqdm(total=num_steps, initial=progress.step, disable=hide_bar(accelerator))
+    disable_progress_bar()  # transformers shows one for every file it writes
     while progress.step < num_steps and progress.epoch < args.epochs:
         loss = train_one_epoch(
             args, accelerator, model, optimizer, scheduler, train_loader, progress, num_steps, bar
@@ -362,7 +381,7 @@ def main() -> None:
         result = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": loss}
         if eval_loader is not None:
             result |= evaluate(accelerator, model, processor, eval_loader, id2label)
-            accelerator.print(format_table(result))
+            say(accelerator, f"\nepoch {progress.epoch + 1}\n{format_table(result)}")
             accelerator.log({"map": result["map"], "map_50": result["map_50"]}, step=progress.step)
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.history.append(result)
@@ -373,7 +392,7 @@ def main() -> None:
             save_model(accelerator, model, processor, args.output_dir / "best", metrics)
         save_checkpoint(args, accelerator, progress)
     bar.close()
-    accelerator.print(f"Saved {args.output_dir / 'best'} and {args.output_dir / 'last'}.")
+    say(accelerator, f"Saved {args.output_dir / 'best'} and {args.output_dir / 'last'}.")
     accelerator.end_training()
 
 
