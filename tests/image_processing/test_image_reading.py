@@ -159,6 +159,24 @@ def test_cut_off_file_is_named(tmp_path):
         read_picture(tmp_path / "half.jpg")
 
 
+def test_damaged_png_is_named(tmp_path):
+    buffer = io.BytesIO()
+    pil_of("RGB", (10, 20, 30)).save(buffer, format="png")
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"IDAT") - 1] ^= 255  # the length of the data: PIL says SyntaxError
+    (tmp_path / "bent.png").write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"bent\.png cannot be read"):
+        read_picture(tmp_path / "bent.png")
+
+
+def test_address_is_fetched_by_transformers(monkeypatch):
+    fetched = {"https://example.org/cat.png": pil_of("RGB", (10, 20, 30))}
+    monkeypatch.setattr("hf_querydet.image_reading.load_image", fetched.__getitem__)
+
+    assert colours("https://example.org/cat.png") == [10, 20, 30]
+
+
 def test_missing_file_is_an_error():
     with pytest.raises(ValueError, match=r"no-such\.png"):
         read_picture("no-such.png")
