@@ -82,8 +82,8 @@ class DetectionImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
     format = AnnotationFormat.COCO_DETECTION.value
     do_convert_annotations = True
+    # Most detections per picture where top_k is not given; None is all that the decoding yields.
     default_top_k: int | None = None
-    """Most detections per picture where ``top_k`` is not given; None is one per query."""
 
     def __init__(self, **kwargs: Unpack[DetectionImageProcessorKwargs]) -> None:
         # Files of older versions write null for what nobody has set.
@@ -471,8 +471,6 @@ def shortest_edge_size(
         new_short = round(longest_edge * short / long)
     if new_short == 0:
         new_short, new_long = 1, longest_edge
-    elif short == new_short:
-        new_long = long
     else:
         new_long = int(new_short * long / short)
     height, width = original_size
@@ -576,7 +574,10 @@ def _prepare_all_labels(
 
 
 def _groups_of_one_shape(images: list[Tensor], disable_grouping: bool) -> list[list[int]]:
-    """Indices of pictures that can be stacked: equal in shape and also in type."""
+    """Indices of pictures that can be stacked: equal in shape and also in type.
+
+    transformers groups on accelerators only. With colours interleaved, grouping pays on CPUs too.
+    """
     if disable_grouping:
         return [[index] for index in range(len(images))]
     groups: dict[Any, list[int]] = {}

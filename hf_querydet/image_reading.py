@@ -111,6 +111,8 @@ def read_picture(
     else:
         array = picture
     tensor = _as_tensor(array)
+    if tensor.is_floating_point():  # before the device: not every device knows 64-bit floats
+        tensor = tensor.to(torch.float32)
     if device is not None:
         tensor = tensor.to(device)
     last_if_tied = isinstance(array, np.ndarray)
@@ -126,7 +128,7 @@ def _open(source: str | os.PathLike) -> PIL.Image.Image:
             with PIL.Image.open(source) as picture:
                 picture.load()
                 return picture
-        except OSError as error:
+        except Exception as error:  # decoders raise many kinds; the file's name must not get lost
             raise ValueError(f"The picture {os.fspath(source)} cannot be read: {error}") from error
     return load_image(os.fspath(source))  # URLs and base64 text; names what is wrong itself
 
@@ -198,7 +200,7 @@ def _read_scale(tensor: Tensor, to_8bit_scale: bool) -> Tensor:
     if tensor.dtype == torch.bool:
         return tensor.to(torch.uint8) * 255
     if tensor.is_floating_point():
-        return _read_floats(tensor.to(torch.float32), to_8bit_scale)
+        return _read_floats(tensor) if to_8bit_scale else tensor
     if tensor.is_complex():
         raise TypeError(f"A picture must hold integers, floats or bools, got {tensor.dtype}.")
     is_16bit = tensor.dtype == torch.uint16
@@ -214,9 +216,7 @@ def _read_scale(tensor: Tensor, to_8bit_scale: bool) -> Tensor:
     return tensor.to(torch.uint8)
 
 
-def _read_floats(tensor: Tensor, to_8bit_scale: bool) -> Tensor:
-    if not to_8bit_scale:
-        return tensor
+def _read_floats(tensor: Tensor) -> Tensor:
     lowest, highest = (bound.item() for bound in tensor.aminmax())
     if not (lowest >= 0 and highest <= 255):  # false for NaN as well
         raise ValueError(

@@ -121,6 +121,7 @@ def test_frame_is_met_exactly():
 
 def test_frame_never_takes_the_last_pixel():
     assert resized_size((1, 3000), SizeDict(max_height=40, max_width=40)) == (1, 40)
+    assert resized_size((3000, 1), SizeDict(max_height=40, max_width=40)) == (40, 1)
 
 
 def test_other_forms_of_size_are_an_error():

@@ -159,6 +159,25 @@ def test_cut_off_file_is_named(tmp_path):
         read_picture(tmp_path / "half.jpg")
 
 
+def test_damaged_png_is_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise).save(buffer, format="png")
+    content = bytearray(buffer.getvalue())
+    content[content.rindex(b"IDAT")] ^= 255  # PIL raises SyntaxError here
+    (tmp_path / "bent.png").write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"bent\.png cannot be read"):
+        read_picture(tmp_path / "bent.png")
+
+
+def test_address_is_fetched_by_transformers(monkeypatch):
+    fetched = {"https://example.org/cat.png": pil_of("RGB", (10, 20, 30))}
+    monkeypatch.setattr("hf_querydet.image_reading.load_image", fetched.__getitem__)
+
+    assert colours("https://example.org/cat.png") == [10, 20, 30]
+
+
 def test_missing_file_is_an_error():
     with pytest.raises(ValueError, match=r"no-such\.png"):
         read_picture("no-such.png")
@@ -178,6 +197,8 @@ def test_missing_file_is_an_error():
         ("int16", 200, 200),
         ("int32", 257 * 37, 37),
         ("int64", 100, 100),
+        ("int64", 255, 255),
+        ("int64", 256, 1),  # 256 / 257, rounded
         ("uint32", 65535, 255),
         ("float32", 0.5, 127.5),
         ("float64", 0.25, 63.75),
@@ -227,6 +248,14 @@ def test_transparent_bytes_are_laid_on_white():
     assert colours(np.tile(pixel, (5, 7, 1))) == [244, 224, 204]
 
 
+def test_mixture_with_white_is_rounded():
+    pixel = np.array([0, 1, 2, 3], dtype=np.uint8)  # 252 + 0, 0.012 and 0.024
+
+    assert colours(np.tile(pixel, (5, 7, 1))) == [252, 252, 252]
+    pixel = np.array([50, 51, 52, 3], dtype=np.uint8)  # 252 + 0.588, 0.6 and 0.612
+    assert colours(np.tile(pixel, (5, 7, 1))) == [253, 253, 253]
+
+
 def test_transparent_16_bit_is_laid_on_white():
     pixel = np.array([200, 100, 0, 51], dtype=np.uint16) * 257
 
@@ -266,9 +295,13 @@ def test_array_with_reversed_channels_is_read():
 
 
 def test_tensor_subclass_becomes_a_plain_tensor():
-    picture = tv_tensors.Image(torch.full((3, 5, 7), 100, dtype=torch.uint8))
+    class Picture(torch.Tensor):
+        pass
 
-    assert type(read_picture(picture)) is torch.Tensor
+    tensor = torch.full((3, 5, 7), 100, dtype=torch.uint8)
+
+    assert type(read_picture(tensor.as_subclass(Picture))) is torch.Tensor
+    assert type(read_picture(tv_tensors.Image(tensor))) is torch.Tensor
 
 
 def test_caller_keeps_the_picture():
