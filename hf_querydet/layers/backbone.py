@@ -184,8 +184,8 @@ def _load_published_weights(body: PreTrainedModel) -> None:
 
 def _published_weights(body: PreTrainedModel, source: str) -> dict[str, Tensor]:
     if not _is_timm(body):
-        # Not AutoBackbone.from_pretrained, which asks the Hub whether the name exists and so refuses
-        # local folders and does not work offline.
+        # AutoBackbone.from_pretrained asks the Hub whether the name exists: it refuses folders and
+        # does not work offline.
         return type(body).from_pretrained(source, config=body.config).state_dict()
     model = timm.create_model(
         source,

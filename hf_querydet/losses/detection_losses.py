@@ -40,8 +40,8 @@ def sigmoid_focal_loss(
     Returns:
         Loss of each element, same shape.
     """
-    # The logit of the target. Both factors are powers of probabilities, taken from their logarithms:
-    # nothing is lost and no gradient is infinite where the sigmoid saturates.
+    # Both factors come from logarithms of probabilities: nothing is lost and no gradient is infinite
+    # where the sigmoid saturates.
     target_logits = (2 * targets - 1) * logits
     miss = torch.exp(-gamma * F.softplus(target_logits))
     weight = alpha * targets + (1 - alpha) * (1 - targets)
