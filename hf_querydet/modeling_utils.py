@@ -49,8 +49,6 @@ class DetectorPreTrainedModel(PreTrainedModel):
                 checkpoint's.
         """
         new_labels = "num_labels" in kwargs or "id2label" in kwargs
-        if "id2label" in kwargs and "label2id" not in kwargs:
-            kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
         recreate_head = new_labels and "ignore_mismatched_sizes" not in kwargs
         if recreate_head:
             kwargs["ignore_mismatched_sizes"] = True

@@ -40,8 +40,8 @@ def sigmoid_focal_loss(
     Returns:
         Loss of each element, same shape.
     """
-    # Both factors come from logarithms of probabilities: nothing is lost and no gradient is infinite
-    # where the sigmoid saturates.
+    # Both factors come from logarithms of probabilities, so that no value is rounded to 0 and no
+    # gradient is infinite where the sigmoid saturates.
     target_logits = (2 * targets - 1) * logits
     miss = torch.exp(-gamma * F.softplus(target_logits))
     weight = alpha * targets + (1 - alpha) * (1 - targets)
