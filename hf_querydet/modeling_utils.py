@@ -88,6 +88,12 @@ class DetectorPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In classes outside its package, transformers passes over modules without tensors of their
+        # own, to protect loaded tensors from in-place initialisation. Blocks would keep the values
+        # of their linear layers; and loaded tensors are safe, see _init_weights.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """First values by module type, those of DETR's authors.
