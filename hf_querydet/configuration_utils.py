@@ -1,5 +1,6 @@
 """What every detector's configuration has in common: the backbone, the matching and the loss."""
 
+from copy import deepcopy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -80,6 +81,21 @@ class DetectorConfig(PreTrainedConfig):
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a configuration; see ``PreTrainedConfig.from_dict``.
+
+        transformers sets keywords on the finished object, where nothing would follow from those
+        that others are derived from.
+        """
+        derived_from = ("backbone", "use_timm_backbone", "backbone_kwargs", "dilation")
+        given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
+        if kwargs.get("id2label") is not None:
+            id2label = {int(index): name for index, name in kwargs["id2label"].items()}
+            kwargs["id2label"] = id2label
+            kwargs.setdefault("label2id", {name: index for index, name in id2label.items()})
+        return super().from_dict(config_dict | given, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve the backbone and the defaults that follow from it."""
         # The type that the configuration file names. transformers would put it on the instance,
@@ -112,16 +128,27 @@ class DetectorConfig(PreTrainedConfig):
     def _resolve_backbone(
         self, name: str | None, use_timm: bool | None, options: dict[str, Any]
     ) -> None:
+        if name is not None and self.backbone_config is not None:
+            raise ValueError(
+                f"backbone={name!r} and backbone_config were both given; name the backbone once."
+            )
         if isinstance(self.backbone_config, dict):
             fields = dict(self.backbone_config)
+            if "model_type" not in fields:
+                raise ValueError(
+                    "backbone_config needs a 'model_type', 'timm_backbone' or one of transformers' "
+                    f"backbones, got a dictionary with {sorted(fields)}."
+                )
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         elif self.backbone_config is None:
             stages = list(options.get("out_indices") or self.backbone_stages)
             if use_timm is False:
                 self.backbone_config = (
-                    ResNetConfig(out_indices=stages)
+                    ResNetConfig(out_indices=stages, num_channels=self.num_channels)
                     if name is None
-                    else AutoConfig.from_pretrained(name, out_indices=stages)
+                    else AutoConfig.from_pretrained(
+                        name, out_indices=stages, num_channels=self.num_channels
+                    )
                 )
             else:
                 self.backbone_config = TimmBackboneConfig(
@@ -130,10 +157,6 @@ class DetectorConfig(PreTrainedConfig):
                     out_indices=stages,
                     output_stride=options.get("output_stride"),
                 )
-        elif name is not None:
-            raise ValueError(
-                f"backbone={name!r} and backbone_config were both given; name the backbone once."
-            )
         if self.dilation:
             self._dilate()
 
@@ -143,6 +166,8 @@ class DetectorConfig(PreTrainedConfig):
                 "dilation=True needs a timm backbone, got a backbone of type "
                 f"{self.backbone_config.model_type!r}; pass backbone='{DEFAULT_BACKBONE}'."
             )
+        # A copy, or the caller's own configuration would change.
+        self.backbone_config = deepcopy(self.backbone_config)
         self.backbone_config.output_stride = self.backbone_config.output_stride or 16
 
     def validate_architecture(self) -> None:

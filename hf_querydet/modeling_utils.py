@@ -49,8 +49,6 @@ class DetectorPreTrainedModel(PreTrainedModel):
                 checkpoint's.
         """
         new_labels = "num_labels" in kwargs or "id2label" in kwargs
-        if "id2label" in kwargs and "label2id" not in kwargs:
-            kwargs["label2id"] = {name: index for index, name in kwargs["id2label"].items()}
         recreate_head = new_labels and "ignore_mismatched_sizes" not in kwargs
         if recreate_head:
             kwargs["ignore_mismatched_sizes"] = True
@@ -101,6 +99,12 @@ class DetectorPreTrainedModel(PreTrainedModel):
         if isinstance(attn_implementation, str):
             attn_implementation = {"": attn_implementation}
         super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In classes outside its package, transformers passes over modules without tensors of their
+        # own, to protect loaded tensors from in-place initialisation. Blocks would keep the values
+        # of their linear layers; and loaded tensors are safe, see _init_weights.
+        super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -184,7 +184,9 @@ def _load_published_weights(body: PreTrainedModel) -> None:
 
 def _published_weights(body: PreTrainedModel, source: str) -> dict[str, Tensor]:
     if not _is_timm(body):
-        return AutoBackbone.from_pretrained(source, config=body.config).state_dict()
+        # AutoBackbone.from_pretrained asks the Hub whether the name exists: it refuses folders and
+        # does not work offline.
+        return type(body).from_pretrained(source, config=body.config).state_dict()
     model = timm.create_model(
         source,
         pretrained=True,

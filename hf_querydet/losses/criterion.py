@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_querydet.losses.detection_losses import no_object_cross_entropy, sigmoid_focal_loss
@@ -36,8 +35,8 @@ class Classification(Protocol):
     def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
         """Loss sum per layer, (L,). ``target_classes`` (L, B, Q) is -1 where no object is."""
 
-    def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
-        """What one layer's loss on this process is divided by, before averaging over processes."""
+    def normalizer(self, num_queries: Tensor, num_matched: Tensor, num_objects: Tensor) -> Tensor:
+        """What one layer's loss is divided by, from counts over all processes; scalars."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,11 @@ class SoftmaxClassification:
         loss = no_object_cross_entropy(logits, classes, no_object_weight=self.no_object_weight)
         return loss.sum((1, 2))
 
-    def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
+    def normalizer(self, num_queries: Tensor, num_matched: Tensor, num_objects: Tensor) -> Tensor:
         """Sum of the class weights, which makes the loss a weighted mean."""
-        return num_matched + self.no_object_weight * (num_queries - num_matched)
+        weights = num_matched + self.no_object_weight * (num_queries - num_matched)
+        # Without objects and without weight for "no object" the loss is 0, not 0 / 0.
+        return weights.clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,16 @@ class FocalClassification:
 
     def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
         """See :func:`sigmoid_focal_loss`."""
-        # One class more than there are takes the queries without an object, and is cut off.
-        num_labels = logits.shape[-1]
-        classes = torch.where(target_classes < 0, num_labels, target_classes)
-        targets = F.one_hot(classes, num_labels + 1)[..., :num_labels].to(logits.dtype)
+        # -1 equals no class, so a query without an object has only negatives.
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        targets = (target_classes[..., None] == classes).to(logits.dtype)
         return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma).sum(
             (1, 2, 3)
         )
 
-    def normalizer(self, num_queries: int, num_matched: int, num_objects: int) -> float:
-        """Number of objects."""
-        return max(num_objects, 1)
+    def normalizer(self, num_queries: Tensor, num_matched: Tensor, num_objects: Tensor) -> Tensor:
+        """Number of objects, at least 1."""
+        return num_objects.clamp(min=1)
 
 
 class SetCriterion:
@@ -111,10 +111,11 @@ class SetCriterion:
     DETR (arXiv:2005.12872), Eqs. 1 and 2 and Appendix A.2. Every layer is matched anew. All is
     computed in float32. The costs of all layers reach the host in one transfer.
 
-    Box terms are divided by the number of objects averaged over processes (at least 1), so that
-    the gradient, which is averaged over processes too, is that of one process with the whole
-    batch. The softmax classification is divided by its weight sum, averaged in the same
-    reduction; the authors' code divides by each process's own.
+    Box terms are divided by the number of objects, averaged over processes, so that the gradient,
+    which is averaged over processes too, is that of one process with the whole batch. The softmax
+    classification is divided by its weight sum, averaged in the same reduction; the authors' code
+    divides by each process's own. Objects count as at least 1 over all processes together; the
+    authors ask for 1 on average, which makes the loss too small where there are fewer.
 
     Args:
         classification: :class:`SoftmaxClassification` or :class:`FocalClassification`.
@@ -231,25 +232,21 @@ class SetCriterion:
         classes = self.classification.cost(group.logits, group.labels.class_labels)
         return self.class_cost * classes + boxes
 
-    def _normalizers(self, groups: list["_Group"]) -> Tensor:
-        """Number of boxes, then each group's classification normaliser, averaged over processes."""
-        values = [float(groups[0].labels.num_objects)]
-        for group in groups:
-            num_queries = group.logits.shape[2]
-            values.append(
-                self.classification.normalizer(
-                    num_queries=num_queries * len(group.labels.counts),
-                    num_matched=sum(min(count, num_queries) for count in group.labels.counts),
-                    num_objects=group.labels.num_objects,
-                )
-            )
-        normalizers = torch.tensor(values, device=groups[0].logits.device)
+    def _normalizers(self, groups: list["_Group"]) -> list[Tensor]:
+        """Number of boxes, then each group's classification normaliser: one process's share."""
+        counts = torch.tensor(
+            [group.counts() for group in groups],
+            device=groups[0].logits.device,
+            dtype=torch.float32,
+        )
+        num_processes = 1
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(normalizers)
-            normalizers /= dist.get_world_size()
+            dist.all_reduce(counts)
+            num_processes = dist.get_world_size()
         # No object anywhere: the box terms are sums over nothing and must not become 0 / 0.
-        normalizers[0].clamp_(min=1)
-        return normalizers
+        num_boxes = counts[0, -1].clamp(min=1)
+        normalizers = [self.classification.normalizer(*count) for count in counts]
+        return [normalizer / num_processes for normalizer in (num_boxes, *normalizers)]
 
     def _loss_sums(self, group: "_Group", pairs: Tensor) -> dict[str, Tensor]:
         """Sum of each term per layer, (L,)."""
@@ -280,10 +277,6 @@ class _PaddedLabels:
     boxes: Tensor  # (B, T, 4)
     counts: list[int]
 
-    @property
-    def num_objects(self) -> int:
-        return sum(self.counts)
-
     @classmethod
     def build(cls, labels: Labels, batch_size: int, device: torch.device) -> "_PaddedLabels":
         if len(labels) != batch_size:
@@ -294,7 +287,11 @@ class _PaddedLabels:
         for index, label in enumerate(labels):
             _check_form(index, label)
         return cls(
-            pad_sequence([label["class_labels"].to(device) for label in labels], batch_first=True),
+            pad_sequence(
+                # An empty list of classes makes a tensor of floats.
+                [label["class_labels"].to(device, torch.int64) for label in labels],
+                batch_first=True,
+            ),
             pad_sequence([label["boxes"].to(device).float() for label in labels], batch_first=True),
             [len(label["class_labels"]) for label in labels],
         )
@@ -314,6 +311,12 @@ class _Group:
         logits = predictions.logits.float()
         padded = _PaddedLabels.build(labels, logits.shape[1], logits.device)
         return cls(logits, predictions.pred_boxes.float(), padded, suffixes)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Queries, those of them that are matched in a layer, and objects."""
+        num_queries = self.logits.shape[2]
+        num_matched = sum(min(count, num_queries) for count in self.labels.counts)
+        return num_queries * len(self.labels.counts), num_matched, sum(self.labels.counts)
 
 
 def _check_form(index: int, label: Mapping[str, Tensor]) -> None:

@@ -40,8 +40,9 @@ def sigmoid_focal_loss(
     Returns:
         Loss of each element, same shape.
     """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    # exp(-cross entropy) is the probability of the target, exact also where the sigmoid saturates.
-    miss = -torch.expm1(-cross_entropy)
+    # Both factors come from logarithms of probabilities, so that no value is rounded to 0 and no
+    # gradient is infinite where the sigmoid saturates.
+    target_logits = (2 * targets - 1) * logits
+    miss = torch.exp(-gamma * F.softplus(target_logits))
     weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * miss**gamma * cross_entropy
+    return weight * miss * F.softplus(-target_logits)

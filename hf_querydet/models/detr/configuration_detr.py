@@ -71,10 +71,10 @@ class DETRConfig(DetectorConfig):
         """
         super().validate_architecture()
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
-            if self.d_model % getattr(self, field):
+            num_heads = getattr(self, field)
+            if num_heads < 1 or self.d_model % num_heads:
                 raise ValueError(
-                    f"d_model must be a multiple of {field}, "
-                    f"got {self.d_model} and {getattr(self, field)}."
+                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
                 )
         if self.d_model % 4:
             raise ValueError(

@@ -1,0 +1,45 @@
+"""Settings of every test: no network, one seed, a device that can be chosen."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+
+# Read by the hub clients when they are imported, so it comes before all else. What is cached on
+# this machine must not decide a test.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests with the fixture `device` run")
+
+
+def pytest_configure(config):
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    # The tensors are tiny: more threads only wait for one another.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    return torch.device(request.config.getoption("--device"))

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_querydet.layers.feed_forward import MLP, FeedForward
+
+
+@pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("gelu", F.gelu)])
+def test_feed_forward_adds_its_update_and_then_normalises(activation, function):
+    block = FeedForward(
+        hidden_size=6, inner_size=11, activation=activation, dropout=0.5, activation_dropout=0.5
+    )
+    block = block.double().eval()
+    nn.init.normal_(block.norm.weight)
+    nn.init.normal_(block.norm.bias)
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64)
+
+    inner = function(tokens @ block.expand.weight.T + block.expand.bias)
+    total = tokens + inner @ block.contract.weight.T + block.contract.bias
+    centred = total - total.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    expected = centred / (variance + 1e-5).sqrt() * block.norm.weight + block.norm.bias
+
+    torch.testing.assert_close(block(tokens), expected)
+
+
+def test_dropout_of_the_update_leaves_the_residual():
+    block = FeedForward(hidden_size=6, inner_size=11, dropout=1.0, activation_dropout=0.0)
+    tokens = torch.randn(2, 5, 6)
+
+    torch.testing.assert_close(block(tokens), F.layer_norm(tokens, (6,)))
+
+
+def test_dropout_after_the_activation_leaves_the_bias_of_the_second_layer():
+    block = FeedForward(hidden_size=6, inner_size=11, dropout=0.0, activation_dropout=1.0)
+    tokens = torch.randn(2, 5, 6)
+
+    torch.testing.assert_close(block(tokens), F.layer_norm(tokens + block.contract.bias, (6,)))
+
+
+def test_mlp_has_a_relu_between_layers_and_none_after_the_last():
+    mlp = MLP(input_size=3, hidden_size=7, output_size=4, num_layers=3).double()
+    tokens = torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = tokens
+    for index, layer in enumerate(mlp.layers):
+        expected = expected @ layer.weight.T + layer.bias
+        if index < 2:
+            expected = expected.clamp(min=0)
+
+    output = mlp(tokens)
+
+    torch.testing.assert_close(output, expected)
+    assert (output < 0).any()
+
+
+def test_mlp_of_one_layer_is_that_linear_layer():
+    mlp = MLP(input_size=3, hidden_size=7, output_size=4, num_layers=1)
+
+    assert [tuple(weight.shape) for weight in mlp.parameters()] == [(4, 3), (4,)]

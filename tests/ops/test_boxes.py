@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+import torchvision
+
+from hf_querydet.ops.boxes import (
+    box_area,
+    box_iou,
+    boxes_cxcywh_to_xyxy,
+    boxes_xyxy_to_cxcywh,
+    generalized_box_iou,
+    inverse_sigmoid,
+    refine_boxes,
+)
+
+
+def random_boxes_xyxy(*shape: int) -> torch.Tensor:
+    corners = torch.rand(*shape, 2, 2, dtype=torch.float64)
+    return torch.cat([corners.amin(-2), corners.amax(-2) + 0.01], dim=-1)
+
+
+def giou_of_two_boxes(box: list[float], other: list[float]) -> tuple[float, float]:
+    """IoU and generalised IoU by the definition, on plain numbers."""
+    left, top = max(box[0], other[0]), max(box[1], other[1])
+    right, bottom = min(box[2], other[2]), min(box[3], other[3])
+    intersection = max(right - left, 0) * max(bottom - top, 0)
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    other_area = (other[2] - other[0]) * (other[3] - other[1])
+    union = area + other_area - intersection
+    hull_width = max(box[2], other[2]) - min(box[0], other[0])
+    hull_height = max(box[3], other[3]) - min(box[1], other[1])
+    hull = hull_width * hull_height
+    return intersection / union, intersection / union - (hull - union) / hull
+
+
+def test_cxcywh_box_becomes_its_corners():
+    box_cxcywh = torch.tensor([[10.0, 20.0, 4.0, 6.0]])
+
+    corners = boxes_cxcywh_to_xyxy(box_cxcywh)
+
+    assert corners.tolist() == [[8.0, 17.0, 12.0, 23.0]]
+
+
+def test_corners_become_centre_and_size():
+    box_xyxy = torch.tensor([[8.0, 17.0, 12.0, 23.0]])
+
+    assert boxes_xyxy_to_cxcywh(box_xyxy).tolist() == [[10.0, 20.0, 4.0, 6.0]]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 1)])
+def test_formats_agree_with_torchvision_for_any_leading_shape(shape):
+    boxes_xyxy = random_boxes_xyxy(*shape)
+    flat = boxes_xyxy.reshape(-1, 4)
+    expected = torchvision.ops.box_convert(flat, "xyxy", "cxcywh").view(*shape, 4)
+
+    boxes_cxcywh = boxes_xyxy_to_cxcywh(boxes_xyxy)
+
+    torch.testing.assert_close(boxes_cxcywh, expected)
+    torch.testing.assert_close(boxes_cxcywh_to_xyxy(boxes_cxcywh), boxes_xyxy)
+
+
+def test_box_with_swapped_corners_has_no_area():
+    # Both sides swapped: the product of two negative sides must not pass as an area.
+    boxes_xyxy = torch.tensor([[3.0, 5.0, 1.0, 2.0], [3.0, 2.0, 1.0, 5.0], [1.0, 2.0, 3.0, 5.0]])
+
+    assert box_area(boxes_xyxy).tolist() == [0.0, 0.0, 6.0]
+
+
+def test_iou_and_giou_of_all_pairs_equal_the_definition():
+    boxes, others = random_boxes_xyxy(3), random_boxes_xyxy(5)
+    expected = torch.tensor(
+        [[giou_of_two_boxes(box, other) for other in others.tolist()] for box in boxes.tolist()],
+        dtype=torch.float64,
+    )
+
+    torch.testing.assert_close(box_iou(boxes[:, None], others), expected[..., 0])
+    torch.testing.assert_close(generalized_box_iou(boxes[:, None], others), expected[..., 1])
+
+
+def test_giou_agrees_with_torchvision_for_boxes_that_overlap_touch_and_lie_apart():
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 3.0], [2.0, 0.0, 4.0, 3.0], [5.0, 6.0, 8.0, 7.0]])
+    others = torch.cat([boxes, torch.tensor([[1.0, 1.0, 6.0, 2.0]])])
+    expected = torchvision.ops.generalized_box_iou(boxes, others)
+
+    torch.testing.assert_close(generalized_box_iou(boxes[:, None], others), expected)
+
+
+def test_overlaps_of_paired_boxes_are_the_diagonal_of_all_pairs():
+    boxes, others = random_boxes_xyxy(5), random_boxes_xyxy(5)
+    all_pairs = torchvision.ops.generalized_box_iou(boxes, others)
+
+    torch.testing.assert_close(generalized_box_iou(boxes, others), all_pairs.diagonal())
+
+
+@pytest.mark.parametrize(
+    ("box", "other", "iou", "giou"),
+    [
+        # Two points apart: no union, and a hull of which nothing is covered.
+        ([1.0, 1.0, 1.0, 1.0], [3.0, 2.0, 3.0, 2.0], 0.0, -1.0),
+        # One point twice: neither union nor hull.
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], 0.0, 0.0),
+        # A point inside a box: hull and union are both the box.
+        ([0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0], 0.0, 0.0),
+        # Two collinear segments: a hull without area.
+        ([0.0, 1.0, 2.0, 1.0], [5.0, 1.0, 6.0, 1.0], 0.0, 0.0),
+    ],
+)
+def test_boxes_without_area_have_finite_overlaps_and_gradients(box, other, iou, giou):
+    box = torch.tensor(box, requires_grad=True)
+    other = torch.tensor(other, requires_grad=True)
+
+    values = box_iou(box, other), generalized_box_iou(box, other)
+    (values[0] + values[1]).backward()
+
+    assert [value.item() for value in values] == [iou, giou]
+    assert box.grad.isfinite().all()
+    assert other.grad.isfinite().all()
+
+
+def test_giou_gradient_is_that_of_finite_differences():
+    boxes = random_boxes_xyxy(4).requires_grad_()
+    others = random_boxes_xyxy(4).requires_grad_()
+
+    assert torch.autograd.gradcheck(generalized_box_iou, (boxes, others))
+
+
+def test_inverse_sigmoid_is_the_logit():
+    probability = [0.03, 0.2, 0.5, 0.77]
+    expected = [math.log(p / (1 - p)) for p in probability]
+
+    logits = inverse_sigmoid(torch.tensor(probability, dtype=torch.float64))
+
+    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_inverse_sigmoid_bounds_numerator_and_denominator_each_by_eps():
+    probability = torch.tensor([-0.5, 0.0, 1e-7, 1.0, 1.5], dtype=torch.float64)
+    # Below: log(eps / (1 - p)), with the untouched 1 - p; not log(eps / (1 - eps)).
+    low, almost_low = math.log(1e-5), math.log(1e-5 / (1 - 1e-7))
+    expected = torch.tensor([low, low, almost_low, -low, -low], dtype=torch.float64)
+
+    # The two candidates differ by 1e-5; this tolerance tells them apart.
+    torch.testing.assert_close(inverse_sigmoid(probability), expected, rtol=0, atol=1e-9)
+
+
+def test_zero_deltas_keep_the_reference_boxes():
+    reference_boxes = torch.rand(2, 5, 4) * 0.98 + 0.01
+
+    refined = refine_boxes(torch.zeros(2, 5, 4), reference_boxes)
+
+    torch.testing.assert_close(refined, reference_boxes)
+
+
+def test_refined_box_is_the_sigmoid_of_delta_plus_logit():
+    delta, reference = [0.3, -1.2, 4.0, -0.7], [0.25, 0.6, 0.9, 0.05]
+    # sigmoid(d + log(r / (1 - r))) = r e^d / (r e^d + 1 - r)
+    expected = [
+        r * math.exp(d) / (r * math.exp(d) + 1 - r) for d, r in zip(delta, reference, strict=True)
+    ]
+
+    refined = refine_boxes(torch.tensor([[delta]]), torch.tensor([[reference]]))
+
+    torch.testing.assert_close(refined, torch.tensor([[expected]]))
+
+
+def test_refinement_refuses_reference_points():
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 5, 4\) and \(2, 5, 2\)"):
+        refine_boxes(torch.zeros(2, 5, 4), torch.zeros(2, 5, 2))
