@@ -27,6 +27,8 @@ from transformers import (
 
 from hf_querydet import VARIANTS
 
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+
 pytestmark = pytest.mark.parametrize("name", list(VARIANTS))
 
 
@@ -179,20 +181,19 @@ def test_same_seed_gives_the_same_weights_and_loss(name):
     assert losses[0] == losses[1]
 
 
-def test_loss_falls_when_one_picture_is_learned(name):
+def test_one_picture_is_learned(name):
     torch.manual_seed(0)
-    model = build(name).train()
+    model = build(name, **NO_DROPOUT).train()
     inputs = {"pixel_values": torch.randn(1, 3, 64, 64), "labels": tiny_labels()[:1]}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(70):
         loss = model(**inputs).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    # From random boxes to nearly right ones; a loop that learns nothing stays within a few percent.
-    assert losses[-1] < 0.5 * losses[0]
+
+    # From about 20, with every layer's terms added; what learns nothing stays above 14.
+    assert loss < 4
 
 
 def test_eager_attention_equals_sdpa(name):
@@ -226,7 +227,7 @@ def test_tuple_output_equals_dict_output(name):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_keeps_loss_and_gradients(name, use_reentrant):
-    model = build(name, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0).train()
+    model = build(name, **NO_DROPOUT).train()
     batch, labels = tiny_batch(), tiny_labels()
     checkpointed = copy.deepcopy(model)
     # The name before transformers 5.23 is deprecated since.
