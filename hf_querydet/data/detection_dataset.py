@@ -1,6 +1,7 @@
 """Torch datasets that turn rows into model inputs, one picture at a time."""
 
 import copy
+import dataclasses
 import json
 import os
 import tempfile
@@ -66,7 +67,7 @@ class _DetectionRows:
         """
         other = copy.copy(self)
         table = self.label_table.for_model(id2label)
-        other.reader = RowReader(table, self.reader.category_key, self.reader.has_image_ids)
+        other.reader = dataclasses.replace(self.reader, label_table=table)
         return other
 
     def with_processor(

@@ -1,7 +1,7 @@
 """COCO evaluation."""
 
 from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
+from hf_querydet.evaluation.detection_trainer import DetectionTrainer
 from hf_querydet.evaluation.table import format_table
-from hf_querydet.evaluation.trainer_metrics import DetectionMetrics
 
-__all__ = ["CocoEvaluator", "DetectionMetrics", "format_table"]
+__all__ = ["CocoEvaluator", "DetectionTrainer", "format_table"]

@@ -157,8 +157,9 @@ class CocoEvaluator:
         ]
 
     def _picture(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> _Picture:
+        prediction, target = _to_host(prediction), _to_host(target)
         # Stable, so that equal scores keep the order in which the model gave them.
-        scores, order = prediction["scores"].detach().float().sort(descending=True, stable=True)
+        scores, order = prediction["scores"].float().sort(descending=True, stable=True)
         order = order[: self.max_detections]
         height, width = target["orig_size"].tolist()
         target_labels = _joined(target, "class_labels", "crowd_class_labels").astype(np.int32)
@@ -259,6 +260,10 @@ class CocoEvaluator:
         return metrics
 
 
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
 def _targets(picture: _Picture) -> zip:
     return zip(
         picture.target_labels.tolist(),
@@ -280,7 +285,7 @@ def _joined(target: Mapping[str, Tensor], key: str, crowd_key: str) -> np.ndarra
     values = target[key]
     if crowd_key in target:
         values = torch.cat([values, target[crowd_key]])
-    return values.detach().cpu().numpy()
+    return values.numpy()
 
 
 def _to_pixels_xywh(boxes_cxcywh: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -298,15 +303,15 @@ def _original_areas(target: Mapping[str, Tensor], boxes_xywh: np.ndarray) -> np.
     resized_height, resized_width = target["size"].tolist()
     scale = (height * width) / (resized_height * resized_width)
     areas = boxes_xywh[:, 2] * boxes_xywh[:, 3]
-    given = target["area"].detach().cpu().numpy().astype(np.float64)
+    given = target["area"].numpy().astype(np.float64)
     areas[: len(given)] = given * scale
     # As above: an area of exactly 32 * 32 pixels must stay on the border that COCO draws there.
     return areas.round(2)
 
 
 def _compact(values: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """A copy on the host that holds nothing else alive."""
-    return values.detach().to("cpu", dtype, copy=True).numpy()
+    """A copy that holds nothing else alive."""
+    return values.to(dtype, copy=True).numpy()
 
 
 def _mean_of_defined(precision: np.ndarray) -> float:

@@ -49,6 +49,7 @@ def test_a_model_with_other_numbers_is_joined_by_name_and_unused_slots_never_mat
     joined = table.for_model(model)
 
     assert joined.id2label == model
+    assert joined.label2id == {"dog": 1, "bird": 3, "cat": 4}
     assert (joined.label_of(4), joined.label_of(6)) == (4, 1)
     assert joined.label_to_category == {4: 4, 1: 6}
 

@@ -207,6 +207,26 @@ def test_perfect_predictions_reach_one():
     assert metrics["mar_100"] == pytest.approx(1)
 
 
+def test_an_overlap_of_exactly_one_half_counts_at_one_half():
+    """Boxes go through normalised float32 labels; the border must not move on the way."""
+    pictures = []
+    for number in range(12):
+        left, top, width, height = 3.0 + number, 7.0, 14.0 + 2 * number, 19.0 + number
+        pictures.append(
+            {
+                "image_id": number,
+                "size": (97 + number, 131),
+                "annotations": [{"bbox": [left, top, width, height], "category_id": 0}],
+                "detections": [(np.array([left, top, width / 2, height]), 0, np.float32(0.5))],
+            }
+        )
+
+    metrics = feed(CocoEvaluator(ID2LABEL), SceneMaker(num_pictures=0), pictures).compute()
+
+    assert metrics["map_50"] == pytest.approx(1)
+    assert metrics["map"] == pytest.approx(0.1)
+
+
 def test_annotation_zero_counts_like_the_others():
     """A match to an annotation of id 0 is none in COCO's programs; one object is enough to see."""
     picture = {

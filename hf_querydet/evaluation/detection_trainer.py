@@ -1,0 +1,88 @@
+"""transformers' Trainer with COCO numbers."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
+
+
+class DetectionTrainer(Trainer):
+    """Trainer whose evaluation gives COCO's numbers, with bounded memory, in several processes too.
+
+    ``evaluate`` adds what :meth:`CocoEvaluator.compute` returns, each key with the prefix
+    ``eval_``, so that ``metric_for_best_model="map"`` works. ``processing_class`` must be the image
+    processor; no ``compute_metrics`` is needed.
+
+    Why not ``compute_metrics``: between a batch and that function, the Trainer gathers the labels
+    over processes as if each tensor had one row per picture. A list of dictionaries does not: in an
+    incomplete last batch every tensor of every dictionary is cut to as many rows as there are
+    pictures, which loses boxes without a word, and unequal numbers of boxes cannot be gathered.
+    Here each process evaluates its own pictures, and only detections travel.
+    """
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run the model over a dataset; COCO's numbers are among the metrics, the loss as well."""
+        if not hasattr(self.processing_class, "post_process_object_detection"):
+            raise ValueError(
+                "processing_class must be the image processor of the model, got "
+                f"{type(self.processing_class).__name__}."
+            )
+        self._evaluator = CocoEvaluator(self.accelerator.unwrap_model(self.model).config.id2label)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        metrics = self._evaluator.compute()
+        output.metrics.update({f"{metric_key_prefix}_{key}": metrics[key] for key in metrics})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, None, None]:
+        """Run the model on a batch and keep its detections; only the loss is handed on."""
+        loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        if labels is None:
+            raise ValueError(
+                "A batch has no labels, so there is nothing to compare detections with; use "
+                "DetectionCollator with a dataset of annotated pictures."
+            )
+        predictions = self.processing_class.post_process_object_detection(
+            _named(outputs),
+            threshold=0.0,
+            target_sizes=torch.stack([target["orig_size"] for target in labels]),
+        )
+        self._evaluator.update(predictions, labels)
+        return loss, None, None
+
+
+def _named(outputs: Any) -> SimpleNamespace:
+    """Outputs as the Trainer hands them over, without names: first logits, then boxes."""
+    is_sequence = isinstance(outputs, (tuple, list))
+    if (
+        not is_sequence
+        or len(outputs) != 2
+        or not all(isinstance(each, Tensor) for each in outputs)
+    ):
+        found = [type(each).__name__ for each in outputs] if is_sequence else type(outputs).__name__
+        raise ValueError(
+            f"In evaluation the model must return the loss, logits and pred_boxes, got {found}; "
+            "list every other output in config.keys_to_ignore_at_inference."
+        )
+    logits, pred_boxes = outputs
+    return SimpleNamespace(logits=logits, pred_boxes=pred_boxes)

@@ -1,0 +1,148 @@
+"""The Trainer's numbers against an evaluation by hand of the same batches."""
+
+import pytest
+import torch
+from detection_data import write_image_folder
+from transformers import TrainingArguments
+
+from hf_querydet.data import DetectionCollator, load_detection_dataset
+from hf_querydet.evaluation import CocoEvaluator, DetectionTrainer
+from hf_querydet.models.detr import DETRConfig, DETRForObjectDetection, DETRImageProcessor
+
+BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 12, 16, 24],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_indices": [4],
+}
+SIZES = [(61, 43), (38, 57), (75, 31), (52, 49)]
+
+
+@pytest.fixture
+def detector():
+    torch.manual_seed(0)
+    config = DETRConfig(
+        backbone_config=BACKBONE,
+        id2label={0: "cat", 1: "dog"},
+        label2id={"cat": 0, "dog": 1},
+        num_queries=9,
+        d_model=32,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=24,
+    )
+    detector = DETRForObjectDetection(config)
+    with torch.no_grad():  # boxes and labels that differ from query to query
+        for parameter in detector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return detector.eval()
+
+
+@pytest.fixture
+def processor():
+    # All pictures on one canvas: predictions do not depend on who shares a batch.
+    return DETRImageProcessor(
+        size={"shortest_edge": 40, "longest_edge": 64}, pad_size={"height": 64, "width": 64}
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch, processor, detector):
+    """Four pictures; their objects are boxes that the model sees in them, made a tenth smaller."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    anything = {"bbox": [[0.0, 0.0, 10.0, 10.0]], "category": ["cat"]}
+    objects = []
+    folder = write_image_folder(tmp_path / "seen", [anything] * len(SIZES))
+    seen = load_detection_dataset(folder, split="test").with_processor(processor)
+    for item, (width, height) in zip(seen, SIZES, strict=True):
+        detections = detect(detector, processor, [item])[0]
+        limit = torch.tensor([width, height, width, height])
+        boxes = detections["boxes"][:6].clamp(min=0).minimum(limit)
+        boxes[:, 2:] = (boxes[:, 2:] - boxes[:, :2]) * 0.9
+        names = [("cat", "dog")[label] for label in detections["labels"][:6]]
+        objects.append({"bbox": boxes.tolist(), "category": names})
+    folder = write_image_folder(tmp_path / "test", objects)
+    return load_detection_dataset(folder, split="test", label_names=["cat", "dog"]).with_processor(
+        processor
+    )
+
+
+@torch.no_grad()
+def detect(detector, processor, items):
+    batch = DetectionCollator(processor)(items)
+    outputs = detector(batch["pixel_values"], batch["pixel_mask"])
+    sizes = torch.stack([labels["orig_size"] for labels in batch["labels"]])
+    return processor.post_process_object_detection(outputs, 0.0, sizes)
+
+
+def by_hand(detector, processor, dataset):
+    evaluator = CocoEvaluator(detector.config.id2label)
+    for item in dataset:
+        evaluator.update(detect(detector, processor, [item]), [item["labels"]])
+    return evaluator.compute()
+
+
+def make_trainer(folder, detector, processor, dataset, **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_eval_batch_size=3,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    settings = {
+        "model": detector,
+        "args": arguments,
+        "eval_dataset": dataset,
+        "data_collator": DetectionCollator(processor),
+        "processing_class": processor,
+        **options,
+    }
+    return DetectionTrainer(**settings)
+
+
+def test_the_trainer_gives_the_numbers_of_the_whole_set(tmp_path, detector, processor, dataset):
+    expected = by_hand(detector, processor, dataset)
+    # Four pictures in batches of three: the last batch holds one, with several boxes.
+    assert len(dataset[3]["labels"]["boxes"]) > 1
+    trainer = make_trainer(tmp_path / "run", detector, processor, dataset)
+
+    metrics = trainer.evaluate()
+
+    assert 0 < expected["map"] < 1
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, abs=1e-4), name
+    assert metrics["eval_loss"] > 0
+    prediction = trainer.predict(dataset)
+    assert prediction.metrics["test_map"] == metrics["eval_map"]
+    assert prediction.predictions is None
+
+
+def test_without_an_image_processor_nothing_can_be_evaluated(
+    tmp_path, detector, processor, dataset
+):
+    trainer = make_trainer(tmp_path, detector, processor, dataset, processing_class=None)
+
+    with pytest.raises(ValueError, match="processing_class must be the image processor"):
+        trainer.evaluate()
+
+
+def test_pictures_without_labels_cannot_be_evaluated(tmp_path, detector, processor, dataset):
+    items = [{"pixel_values": dataset[0]["pixel_values"]}]
+    trainer = make_trainer(tmp_path, detector, processor, items)
+
+    with pytest.raises(ValueError, match="A batch has no labels"):
+        trainer.evaluate()
+
+
+def test_other_outputs_are_an_error(tmp_path, detector, processor, dataset):
+    detector.config.keys_to_ignore_at_inference = ["loss_dict"]
+    trainer = make_trainer(tmp_path, detector, processor, dataset)
+
+    with pytest.raises(ValueError, match="list every other output in config"):
+        trainer.evaluate()
