@@ -294,7 +294,12 @@ def main() -> None:
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True,
+            data_seed=args.seed,
+            # Dispatching cuts every tensor in the labels of a stream to the length of the batch.
+            dispatch_batches=False,
+        ),
         step_scheduler_with_optimizer=False,
     )
     set_seed(args.seed)

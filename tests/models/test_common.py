@@ -21,7 +21,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForObjectDetection,
-    Trainer,
     TrainingArguments,
 )
 
@@ -409,7 +408,7 @@ class OnePicture(Dataset):
 
 def test_trainer_trains_evaluates_and_resumes(name, tmp_path):
     from hf_querydet.data import DetectionCollator
-    from hf_querydet.evaluation import DetectionMetrics
+    from hf_querydet.evaluation import DetectionTrainer
 
     model, processor = build(name), VARIANTS[name].image_processor()
 
@@ -420,22 +419,18 @@ def test_trainer_trains_evaluates_and_resumes(name, tmp_path):
             save_steps=2,
             per_device_train_batch_size=2,
             per_device_eval_batch_size=2,
-            remove_unused_columns=False,
-            eval_do_concat_batches=False,
-            batch_eval_metrics=True,
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
         )
-        return Trainer(
+        return DetectionTrainer(
             model=model,
             args=arguments,
             train_dataset=OnePicture(),
             eval_dataset=OnePicture(),
             data_collator=DetectionCollator(processor),
             processing_class=processor,
-            compute_metrics=DetectionMetrics(processor, model.config.id2label),
         )
 
     first = trainer(2)
