@@ -127,66 +127,94 @@ struct Problem {
 // Facts about the level of each sample, laid out per sample so that a block needs no inner loop.
 template <typename A>
 struct LevelTable {
-  explicit LevelTable(int64_t size) : width(size), height(size), row_cells(size), first_cell(size) {}
-  void set(int64_t sample, const Level& level, int64_t first) {
-    width[sample] = static_cast<A>(level.width);
-    height[sample] = static_cast<A>(level.height);
-    row_cells[sample] = static_cast<int32_t>(level.width) + 1;
-    first_cell[sample] = first;
-  }
+  explicit LevelTable(int64_t num_samples)
+      : num_samples(num_samples),
+        width(round_up(num_samples, kCoordinateLanes)),
+        height(width.size()),
+        row_length(width.size()),
+        start(width.size()) {}
+
+  int64_t num_samples;
   std::vector<A> width, height;
-  std::vector<int32_t> row_cells;  // cells of one row of the zero-bordered map
-  std::vector<int64_t> first_cell; // of the level, in the maps of all levels
+  std::vector<int64_t> row_length; // of the level's map, or of the level, in cells
+  std::vector<int64_t> start;      // of the level, in cells
+};
+
+// Locations and weights as they came. Room for a whole block is always computed, so that unused
+// entries must hold numbers.
+template <typename R>
+struct RawSamples {
+  alignas(64) R location[2 * kSampleBlock] = {};
+  alignas(64) R weight[kSampleBlock] = {};
+
+  void read(const R* locations, const R* weights, int64_t at, int64_t count) {
+    copy_bytes(location + 2 * at, locations, 2 * count * sizeof(R));
+    copy_bytes(weight + at, weights, count * sizeof(R));
+  }
 };
 
 template <typename A>
 struct Samples {
-  // Inputs. Entries past the last sample are computed too: they must hold numbers.
-  alignas(64) A location[2 * kSampleBlock] = {};
-  alignas(64) A weight[kSampleBlock] = {};
-  // The corner at the top left: its column and row, -1 to size - 1, and its cell in the map.
+  alignas(64) A location[2 * kSampleBlock];
+  alignas(64) A weight[kSampleBlock]; // zero where the sample takes no part
+  // The corner at the top left: column and row, -1 to size - 1.
   alignas(64) int32_t column[kSampleBlock];
   alignas(64) int32_t row[kSampleBlock];
-  alignas(64) int32_t cell[kSampleBlock];
   alignas(64) int32_t inside[kSampleBlock];
+  // Its element, for the first channel, in the maps; see bordered_cells.
+  alignas(64) int64_t element[kSampleBlock];
   // Distance from that corner, 0 to 1, and the weight of each corner.
   alignas(64) A fraction_x[kSampleBlock];
   alignas(64) A fraction_y[kSampleBlock];
   alignas(64) A corner_weight[4][kSampleBlock];
 
-  // Computes everything above for samples first.. of the table.
-  void locate(const LevelTable<A>& table, int64_t first, int64_t count) {
+  // Computes everything above, for samples first.. of the table.
+  template <typename R>
+  void locate(const RawSamples<R>& raw, const LevelTable<A>& table, int64_t first, int64_t count,
+              int64_t cell_size) {
+    const int64_t padded_count = round_up(count, kCoordinateLanes);
+    widen_to<R>(raw.location, location, 2 * padded_count);
+    widen_to<R>(raw.weight, weight, padded_count);
     const A* widths = table.width.data() + first;
     const A* heights = table.height.data() + first;
-    const int32_t* row_cells = table.row_cells.data() + first;
-    for (int64_t start = 0; start < count; start += kCoordinateLanes) {
-      for (int64_t i = start; i < start + kCoordinateLanes; ++i) {
-        A x = location[2 * i] * widths[i] - A(0.5);
-        A y = location[2 * i + 1] * heights[i] - A(0.5);
-        // False for NaN as well. Bitwise, so that there is no branch to break the vector loop.
-        const bool is_inside = (x > A(-1)) & (x < widths[i]) & (y > A(-1)) & (y < heights[i]);
-        // Any other sample reads the two rows of zeros below the level.
-        x = is_inside ? x : A(-1);
-        y = is_inside ? y : heights[i];
-        const A w = is_inside ? weight[i] : A(0);
-        int32_t x0 = static_cast<int32_t>(x);
-        int32_t y0 = static_cast<int32_t>(y);
-        x0 -= static_cast<A>(x0) > x; // conversion truncates, this makes it the floor
-        y0 -= static_cast<A>(y0) > y;
-        const A fx = x - static_cast<A>(x0);
-        const A fy = y - static_cast<A>(y0);
-        column[i] = x0;
-        row[i] = y0;
-        cell[i] = (y0 + 1) * row_cells[i] + x0 + 1;
-        inside[i] = is_inside;
-        fraction_x[i] = fx;
-        fraction_y[i] = fy;
-        weight[i] = w;
-        corner_weight[0][i] = w * (1 - fx) * (1 - fy);
-        corner_weight[1][i] = w * fx * (1 - fy);
-        corner_weight[2][i] = w * (1 - fx) * fy;
-        corner_weight[3][i] = w * fx * fy;
-      }
+    const int64_t* row_lengths = table.row_length.data() + first;
+    const int64_t* starts = table.start.data() + first;
+    for (int64_t i = 0; i < padded_count; ++i) {
+      A x = location[2 * i] * widths[i] - A(0.5);
+      A y = location[2 * i + 1] * heights[i] - A(0.5);
+      // False for NaN as well. Bitwise, so that there is no branch to break the vector loop.
+      const bool is_inside = (x > A(-1)) & (x < widths[i]) & (y > A(-1)) & (y < heights[i]);
+      // Any other sample reads the two rows of zeros below the level.
+      x = is_inside ? x : A(-1);
+      y = is_inside ? y : heights[i];
+      const A w = is_inside ? weight[i] : A(0);
+      int32_t x0 = static_cast<int32_t>(x);
+      int32_t y0 = static_cast<int32_t>(y);
+      x0 -= static_cast<A>(x0) > x; // conversion truncates, this makes it the floor
+      y0 -= static_cast<A>(y0) > y;
+      const A fx = x - static_cast<A>(x0);
+      const A fy = y - static_cast<A>(y0);
+      column[i] = x0;
+      row[i] = y0;
+      inside[i] = is_inside;
+      element[i] = (starts[i] + (int64_t{y0} + 1) * row_lengths[i] + x0 + 1) * cell_size;
+      fraction_x[i] = fx;
+      fraction_y[i] = fy;
+      weight[i] = w;
+      corner_weight[0][i] = w * (1 - fx) * (1 - fy);
+      corner_weight[1][i] = w * fx * (1 - fy);
+      corner_weight[2][i] = w * (1 - fx) * fy;
+      corner_weight[3][i] = w * fx * fy;
+    }
+  }
+
+ private:
+  template <typename R>
+  static void widen_to(const R* source, A* target, int64_t count) {
+    if constexpr (std::is_same_v<R, A>) {
+      copy_bytes(target, source, count * sizeof(A));
+    } else {
+      widen(source, target, count);
     }
   }
 };
@@ -249,14 +277,13 @@ struct Corners {
 template <typename T>
 struct PackedSource {
   const T* maps;
-  int64_t padded_head_size;
+  int64_t cell_size;
 
   Corners<T> corners(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
                      int64_t first, int64_t i) const {
-    const int64_t cell = table.first_cell[first + i] + samples.cell[i];
-    const T* top = maps + cell * padded_head_size;
-    const T* bottom = top + table.row_cells[first + i] * padded_head_size;
-    return {{top, top + padded_head_size, bottom, bottom + padded_head_size}};
+    const T* top = maps + samples.element[i];
+    const T* bottom = top + table.row_length[first + i] * cell_size;
+    return {{top, top + cell_size, bottom, bottom + cell_size}};
   }
 };
 
@@ -269,13 +296,13 @@ struct DirectSource {
 
   Corners<T> corners(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
                      int64_t first, int64_t i) const {
-    const int64_t width = table.row_cells[first + i] - 1;
+    const int64_t width = table.row_length[first + i];
     const int64_t height = static_cast<int64_t>(table.height[first + i]);
     const int64_t column = samples.column[i];
     const int64_t row = samples.row[i];
     const bool left = column >= 0, right = column + 1 < width;
     const bool top = row >= 0 && row < height, bottom = row + 1 < height;
-    const int64_t token = table.first_cell[first + i] + row * width + column;
+    const int64_t token = table.start[first + i] + row * width + column;
     const auto read = [&](bool is_inside, int64_t offset) {
       return is_inside ? tokens + (token + offset) * token_stride : zeros;
     };
@@ -311,25 +338,30 @@ inline void gather(const Source& source, const LevelTable<Sum<T>>& table,
   }
 }
 
+// Working memory of one thread.
+template <typename T, typename R>
+struct Block {
+  RawSamples<R> raw;
+  Samples<Sum<T>> samples;
+};
+
 // Fills one row of the output, for one (batch, query, head).
 template <int num_vectors, typename T, typename R, typename Source>
-inline void attend(const Source& source, const LevelTable<Sum<T>>& table,
-                   Samples<Sum<T>>& samples, const R* locations, const R* weights,
-                   int64_t head_size, T* output) {
+inline void attend(const Source& source, const LevelTable<Sum<T>>& table, Block<T, R>& block,
+                   const R* locations, const R* weights, int64_t head_size, int64_t cell_size,
+                   T* output) {
   using A = Sum<T>;
   constexpr int64_t step = num_vectors * kLanes<A>;
-  const int64_t num_samples = static_cast<int64_t>(table.first_cell.size());
-  const bool in_one_block = num_samples <= kSampleBlock;
+  const int64_t num_samples = table.num_samples;
   for (int64_t channel = 0; channel < head_size; channel += step) {
     Vector<A> sums[num_vectors] = {};
     for (int64_t first = 0; first < num_samples; first += kSampleBlock) {
       const int64_t count = std::min(kSampleBlock, num_samples - first);
-      if (channel == 0 || !in_one_block) {
-        widen(locations + 2 * first, samples.location, 2 * count);
-        widen(weights + first, samples.weight, count);
-        samples.locate(table, first, count);
+      if (channel == 0 || num_samples > kSampleBlock) {
+        block.raw.read(locations + 2 * first, weights + first, 0, count);
+        block.samples.locate(block.raw, table, first, count, cell_size);
       }
-      gather<num_vectors, T>(source, table, samples, first, count, channel, sums);
+      gather<num_vectors, T>(source, table, block.samples, first, count, channel, sums);
     }
     for (int v = 0; v < num_vectors; ++v) {
       const int64_t begin = channel + v * kLanes<A>;
@@ -354,20 +386,21 @@ void with_num_vectors(int64_t total, const Run& run) {
   }
 }
 
-// One entry per (level, point); first cells count in maps, or in tokens for reading in place.
+// One entry per (level, point), in cells of bordered maps or in tokens.
 template <typename A>
 LevelTable<A> table_of_all_levels(const Inputs& inputs, bool in_place) {
-  // A last block that is not full is computed to a whole number of lanes.
-  LevelTable<A> table(round_up(inputs.num_levels * inputs.num_points, kCoordinateLanes));
-  int64_t first_cell = 0;
-  for (int64_t level = 0; level < inputs.num_levels; ++level) {
-    for (int64_t point = 0; point < inputs.num_points; ++point) {
-      table.set(level * inputs.num_points + point, inputs.levels[level],
-                in_place ? inputs.levels[level].start : first_cell);
+  LevelTable<A> table(inputs.num_levels * inputs.num_points);
+  int64_t sample = 0;
+  int64_t map_start = 0;
+  for (const Level& level : inputs.levels) {
+    for (int64_t point = 0; point < inputs.num_points; ++point, ++sample) {
+      table.width[sample] = static_cast<A>(level.width);
+      table.height[sample] = static_cast<A>(level.height);
+      table.row_length[sample] = in_place ? level.width : level.width + 1;
+      table.start[sample] = in_place ? level.start : map_start;
     }
-    first_cell += bordered_cells(inputs.levels[level]);
+    map_start += bordered_cells(level);
   }
-  table.first_cell.resize(inputs.num_levels * inputs.num_points);
   return table;
 }
 
@@ -380,7 +413,7 @@ void forward_in_place(const Problem<T, R>& problem, T* output) {
   const int64_t num_rows = in.batch * in.num_queries * in.num_heads;
   with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
     for_each_unit((num_rows + kQueryBlock - 1) / kQueryBlock, [&](int64_t unit, int64_t) {
-      Samples<A> samples;
+      Block<T, R> block;
       const int64_t end = std::min((unit + 1) * kQueryBlock, num_rows);
       for (int64_t row = unit * kQueryBlock; row < end; ++row) {
         const int64_t head = row % in.num_heads;
@@ -388,10 +421,10 @@ void forward_in_place(const Problem<T, R>& problem, T* output) {
         const int64_t batch = row / in.num_heads / in.num_queries;
         const DirectSource<T> source{problem.tokens(batch, head), problem.value_stride[1],
                                      zeros.data()};
-        attend<num_vectors.value>(source, table, samples,
+        attend<num_vectors.value>(source, table, block,
                                   problem.locations_of(batch, query, head),
                                   problem.weights_of(batch, query, head), in.head_size,
-                                  output + row * in.head_size);
+                                  problem.padded_head_size, output + row * in.head_size);
       }
     });
   });
@@ -428,7 +461,7 @@ void forward_packed(const Problem<T, R>& problem, T* output) {
     });
     with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
       for_each_unit(size * num_blocks, [&](int64_t unit, int64_t) {
-        Samples<A> samples;
+        Block<T, R> block;
         const int64_t member = unit / num_blocks;
         const int64_t batch = (group + member) / in.num_heads;
         const int64_t head = (group + member) % in.num_heads;
@@ -437,8 +470,8 @@ void forward_packed(const Problem<T, R>& problem, T* output) {
         const int64_t end = std::min(begin + kQueryBlock, in.num_queries);
         for (int64_t query = begin; query < end; ++query) {
           attend<num_vectors.value>(
-              source, table, samples, problem.locations_of(batch, query, head),
-              problem.weights_of(batch, query, head), in.head_size,
+              source, table, block, problem.locations_of(batch, query, head),
+              problem.weights_of(batch, query, head), in.head_size, problem.padded_head_size,
               output + ((batch * in.num_queries + query) * in.num_heads + head) * in.head_size);
         }
       });
@@ -461,21 +494,21 @@ void forward_of_type(const Inputs& inputs, Tensor& output) {
 
 // ---- backward --------------------------------------------------------------------------------
 
-// Adds one query's samples of one level to the value gradient, and the products of the output
-// gradient with the four corners of each sample to `dots`.
+// Adds one query's samples of one level to the value gradient, and stores the products of the
+// output gradient with the four corners of each sample in `dots`.
 template <int num_vectors, typename T>
-inline void scatter(const T* value_map, Sum<T>* grad_map, int64_t padded_head_size,
-                    int64_t row_cells, const Samples<Sum<T>>& samples, int64_t first,
-                    int64_t count, const Vector<Sum<T>>* grad_output, int64_t channel,
-                    Sum<T> (*dots)[4]) {
+inline void scatter(const T* value_map, Sum<T>* grad_map, int64_t cell_size, int64_t row_length,
+                    const Samples<Sum<T>>& samples, int64_t first, int64_t count,
+                    const Vector<Sum<T>>* grad_output, int64_t channel, Four<Sum<T>>* dots) {
   using A = Sum<T>;
-  const int64_t corner_cell[4] = {0, 1, row_cells, row_cells + 1};
+  const int64_t corner_offset[4] = {0, cell_size, row_length * cell_size,
+                                    (row_length + 1) * cell_size};
   for (int64_t i = first; i < first + count; ++i) {
     Vector<A> products[4] = {};
+    const int64_t element = samples.element[i] + channel;
     for (int corner = 0; corner < 4; ++corner) {
-      const int64_t offset = (samples.cell[i] + corner_cell[corner]) * padded_head_size + channel;
-      const T* value = value_map + offset;
-      A* grad_value = grad_map + offset;
+      const T* value = value_map + element + corner_offset[corner];
+      A* grad_value = grad_map + element + corner_offset[corner];
       const Vector<A> weight = broadcast(samples.corner_weight[corner][i]);
       for (int v = 0; v < num_vectors; ++v) {
         products[corner] += grad_output[v] * load(value + v * kLanes<A>);
@@ -483,17 +516,18 @@ inline void scatter(const T* value_map, Sum<T>* grad_map, int64_t padded_head_si
               load(grad_value + v * kLanes<A>) + weight * grad_output[v]);
       }
     }
-    add_sums(dots[i], products[0], products[1], products[2], products[3]);
+    const Four<A> sums = sum4<A>(products[0], products[1], products[2], products[3]);
+    dots[i] = channel == 0 ? sums : dots[i] + sums;
   }
 }
 
 // Gradients of the weights and locations of a block, from the corner products.
 template <typename A>
-inline void finish_samples(const Samples<A>& samples, const A (*dots)[4], int64_t count, A width,
+inline void finish_samples(const Samples<A>& samples, const Four<A>* dots, int64_t count, A width,
                            A height, A* grad_locations, A* grad_weights) {
   for (int64_t i = 0; i < count; ++i) {
     const A fx = samples.fraction_x[i], fy = samples.fraction_y[i], w = samples.weight[i];
-    const A* dot = dots[i];
+    const Four<A> dot = dots[i];
     const A top = dot[0] + fx * (dot[1] - dot[0]);
     const A bottom = dot[2] + fx * (dot[3] - dot[2]);
     const A along_x = (dot[1] - dot[0]) * (1 - fy) + (dot[3] - dot[2]) * fy;
@@ -516,14 +550,33 @@ struct Gradients {
 
 template <typename T>
 void write_grad_value(const Level& level, const Sum<T>* grad_map, int64_t head_size,
-                      int64_t padded_head_size, int64_t token_stride, T* grad_tokens) {
+                      int64_t cell_size, int64_t token_stride, T* grad_tokens) {
+  using A = Sum<T>;
   for_each_row(level, [&](int64_t token, int64_t cell) {
+    const A* source = grad_map + cell * cell_size;
+    T* target = grad_tokens + (level.start + token) * token_stride;
     for (int64_t column = 0; column < level.width; ++column) {
-      narrow(grad_map + (cell + column) * padded_head_size,
-             grad_tokens + (level.start + token + column) * token_stride, head_size);
+      int64_t channel = 0;
+      for (; channel + kLanes<A> <= head_size; channel += kLanes<A>) {
+        store(target + channel, load(source + channel));
+      }
+      if (channel < head_size) {
+        store_first(target + channel, load(source + channel), head_size - channel);
+      }
+      source += cell_size;
+      target += token_stride;
     }
   });
 }
+
+// Results for a block of samples, before and after rounding to R.
+template <typename A, typename R>
+struct SampleGradients {
+  alignas(64) A location[2 * kSampleBlock];
+  alignas(64) A weight[kSampleBlock];
+  alignas(64) R rounded_location[2 * kSampleBlock];
+  alignas(64) R rounded_weight[kSampleBlock];
+};
 
 // All queries of one unit: one level of one (batch, head).
 template <int num_vectors, typename T, typename R>
@@ -532,39 +585,33 @@ void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads, i
   using A = Sum<T>;
   const Inputs& in = problem.inputs;
   const Level& level = in.levels[level_index];
+  const int64_t row_length = level.width + 1;
   LevelTable<A> table(kSampleBlock);
-  for (int64_t i = 0; i < kSampleBlock; ++i) {
-    table.set(i, level, 0);
-  }
-  Samples<A> samples;
-  alignas(64) A dots[kSampleBlock][4];
-  alignas(64) A grad_locations[2 * kSampleBlock];
-  alignas(64) A grad_weights[kSampleBlock];
+  std::fill(table.width.begin(), table.width.end(), static_cast<A>(level.width));
+  std::fill(table.height.begin(), table.height.end(), static_cast<A>(level.height));
+  std::fill(table.row_length.begin(), table.row_length.end(), row_length);
+  Block<T, R> block;
+  SampleGradients<A, R> results;
+  alignas(64) Four<A> dots[kSampleBlock];
+
+  // A block is several queries with all their points, or some points of one query.
   const int64_t block_points = std::min(in.num_points, kSampleBlock);
   const int64_t block_queries = std::max<int64_t>(1, kSampleBlock / in.num_points);
-  const auto block_of = [&](int64_t first_query, int64_t first_point, const auto& run) {
-    const int64_t queries = std::min(block_queries, in.num_queries - first_query);
-    const int64_t points = std::min(block_points, in.num_points - first_point);
-    for (int64_t i = 0; i < queries; ++i) {
-      run(first_query + i, i * points, points);
-    }
-    return queries * points;
-  };
-
   for (int64_t first_query = 0; first_query < in.num_queries; first_query += block_queries) {
     for (int64_t first_point = 0; first_point < in.num_points; first_point += block_points) {
+      const int64_t queries = std::min(block_queries, in.num_queries - first_query);
+      const int64_t points = std::min(block_points, in.num_points - first_point);
       const int64_t offset = level_index * in.num_points + first_point;
-      const int64_t count =
-          block_of(first_query, first_point, [&](int64_t query, int64_t first, int64_t points) {
-            widen(problem.locations_of(batch, query, head) + 2 * offset,
-                  samples.location + 2 * first, 2 * points);
-            widen(problem.weights_of(batch, query, head) + offset, samples.weight + first, points);
-          });
-      samples.locate(table, 0, count);
-      std::memset(dots, 0, sizeof(dots));
-      block_of(first_query, first_point, [&](int64_t query, int64_t first, int64_t points) {
+      const int64_t count = queries * points;
+      for (int64_t i = 0; i < queries; ++i) {
+        block.raw.read(problem.locations_of(batch, first_query + i, head) + 2 * offset,
+                       problem.weights_of(batch, first_query + i, head) + offset, i * points,
+                       points);
+      }
+      block.samples.locate(block.raw, table, 0, count, problem.padded_head_size);
+      for (int64_t i = 0; i < queries; ++i) {
         const T* grad_output = grads.output + batch * grads.output_stride[0] +
-            query * grads.output_stride[1] + head * in.head_size;
+            (first_query + i) * grads.output_stride[1] + head * in.head_size;
         for (int64_t channel = 0; channel < in.head_size; channel += num_vectors * kLanes<A>) {
           Vector<A> grad[num_vectors];
           for (int v = 0; v < num_vectors; ++v) {
@@ -573,19 +620,22 @@ void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads, i
                 ? load(grad_output + begin)
                 : load_first(grad_output + begin, std::max<int64_t>(0, in.head_size - begin));
           }
-          scatter<num_vectors>(value_map, grad_map, problem.padded_head_size, level.width + 1,
-                               samples, first, points, grad, channel, dots);
+          scatter<num_vectors>(value_map, grad_map, problem.padded_head_size, row_length,
+                               block.samples, i * points, points, grad, channel, dots);
         }
-      });
-      finish_samples(samples, dots, count, static_cast<A>(level.width),
-                     static_cast<A>(level.height), grad_locations, grad_weights);
-      block_of(first_query, first_point, [&](int64_t query, int64_t first, int64_t points) {
-        const int64_t target =
-            ((batch * in.num_queries + query) * in.num_heads + head) * in.num_levels *
-                in.num_points + offset;
-        narrow(grad_locations + 2 * first, grads.locations + 2 * target, 2 * points);
-        narrow(grad_weights + first, grads.weights + target, points);
-      });
+      }
+      finish_samples(block.samples, dots, count, static_cast<A>(level.width),
+                     static_cast<A>(level.height), results.location, results.weight);
+      narrow(results.location, results.rounded_location, 2 * count);
+      narrow(results.weight, results.rounded_weight, count);
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t row = (batch * in.num_queries + first_query + i) * in.num_heads + head;
+        const int64_t target = row * in.num_levels * in.num_points + offset;
+        copy_bytes(grads.locations + 2 * target, results.rounded_location + 2 * i * points,
+                   2 * points * sizeof(R));
+        copy_bytes(grads.weights + target, results.rounded_weight + i * points,
+                   points * sizeof(R));
+      }
     }
   }
 }

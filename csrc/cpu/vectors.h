@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -47,7 +47,7 @@ typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 
 template <typename A>
 inline Vector<A> broadcast(A number) {
-  return Vector<A>{} + number;
+  return number - Vector<A>{}; // not 0 + number: the compiler may not drop that for -0
 }
 
 // ---- load and store one vector; no alignment needed ----------------------------------------
@@ -56,10 +56,19 @@ template <typename T>
 inline Vector<Sum<T>> load(const T* source) {
   Vector<Sum<T>> result;
   if constexpr (std::is_same_v<T, BFloat16>) {
+    // Intrinsics: GCC 12 splits __builtin_convertvector into narrower pieces.
+#if defined(__AVX512F__)
+    result = (Vector<float>)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))), 16);
+#elif defined(__AVX2__)
+    result = (Vector<float>)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))), 16);
+#else
     Bits16 narrow;
     std::memcpy(&narrow, source, sizeof(narrow));
     const Bits32 wide = __builtin_convertvector(narrow, Bits32) << 16;
     std::memcpy(&result, &wide, sizeof(result));
+#endif
   } else if constexpr (std::is_same_v<T, Half>) {
 #if defined(__AVX512F__)
     result = (Vector<float>)_mm512_cvtph_ps(
@@ -87,7 +96,11 @@ inline void store(T* target, Vector<Sum<T>> vector) {
     const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const auto is_number = vector == vector;
     const Bits32 chosen = is_number ? rounded : (Bits32{} + 0x7fc0u);
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)chosen);
+#else
     const Bits16 narrow = __builtin_convertvector(chosen, Bits16);
+#endif
     std::memcpy(target, &narrow, sizeof(narrow));
   } else if constexpr (std::is_same_v<T, Half>) {
 #if defined(__AVX512F__)
@@ -106,11 +119,33 @@ inline void store(T* target, Vector<Sum<T>> vector) {
   }
 }
 
+// A copy of a few dozen bytes, inline: a call, or the string instructions that compilers make of a
+// memcpy of unknown size, would cost more than the copy.
+inline void copy_bytes(void* target, const void* source, int64_t bytes) {
+  char* to = static_cast<char*>(target);
+  const char* from = static_cast<const char*>(source);
+  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
+    std::memcpy(to, from, 64);
+  }
+  const auto copy = [&](auto size) {
+    if (bytes & size.value) {
+      std::memcpy(to, from, size.value);
+      to += size.value;
+      from += size.value;
+    }
+  };
+  copy(std::integral_constant<int, 32>{});
+  copy(std::integral_constant<int, 16>{});
+  copy(std::integral_constant<int, 8>{});
+  copy(std::integral_constant<int, 4>{});
+  copy(std::integral_constant<int, 2>{});
+}
+
 // The first `count` lanes only; other lanes are read as zero and left unwritten.
 template <typename T>
 inline Vector<Sum<T>> load_first(const T* source, int64_t count) {
   T lanes[kLanes<Sum<T>>] = {};
-  std::memcpy(lanes, source, count * sizeof(T));
+  copy_bytes(lanes, source, count * sizeof(T));
   return load(lanes);
 }
 
@@ -118,40 +153,21 @@ template <typename T>
 inline void store_first(T* target, Vector<Sum<T>> vector, int64_t count) {
   T lanes[kLanes<Sum<T>>];
   store(lanes, vector);
-  std::memcpy(target, lanes, count * sizeof(T));
+  copy_bytes(target, lanes, count * sizeof(T));
 }
 
-// Copies `count` numbers to the type of sums.
+// Copies between T and the type of sums. Both arrays must have room for a whole last vector.
 template <typename T>
 inline void widen(const T* source, Sum<T>* target, int64_t count) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    std::memcpy(target, source, count * sizeof(T));
-  } else {
-    constexpr int lanes = kLanes<Sum<T>>;
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) {
-      store(target + i, load(source + i));
-    }
-    if (i < count) {
-      store_first(target + i, load_first(source + i, count - i), count - i);
-    }
+  for (int64_t i = 0; i < count; i += kLanes<Sum<T>>) {
+    store(target + i, load(source + i));
   }
 }
 
-// Rounds `count` sums to T.
 template <typename T>
 inline void narrow(const Sum<T>* source, T* target, int64_t count) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    std::memcpy(target, source, count * sizeof(T));
-  } else {
-    constexpr int lanes = kLanes<Sum<T>>;
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) {
-      store(target + i, load(source + i));
-    }
-    if (i < count) {
-      store_first(target + i, load_first(source + i, count - i), count - i);
-    }
+  for (int64_t i = 0; i < count; i += kLanes<Sum<T>>) {
+    store(target + i, load(source + i));
   }
 }
 
@@ -177,20 +193,23 @@ inline Vector<A> fold(Vector<A> sums) {
   }
 }
 
-// Adds the lanes of each vector into target[0..3].
 template <typename A>
-inline void add_sums(A* target, Vector<A> a, Vector<A> b, Vector<A> c, Vector<A> d) {
+struct FourType {
+  typedef A type __attribute__((vector_size(4 * sizeof(A))));
+};
+template <typename A>
+using Four = typename FourType<A>::type;
+
+// The sum of the lanes of each vector.
+template <typename A>
+inline Four<A> sum4(Vector<A> a, Vector<A> b, Vector<A> c, Vector<A> d) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes<A>>{};
-  const Vector<A> pairs =
-      add_neighbours<A, 2>(add_neighbours<A, 1>(a, b, lanes), add_neighbours<A, 1>(c, d, lanes),
-                           lanes);
-  const Vector<A> sums = fold<A, 4>(pairs);
-  typedef A Four __attribute__((vector_size(4 * sizeof(A))));
-  Four first, old;
+  const Vector<A> ab = add_neighbours<A, 1>(a, b, lanes);
+  const Vector<A> cd = add_neighbours<A, 1>(c, d, lanes);
+  const Vector<A> sums = fold<A, 4>(add_neighbours<A, 2>(ab, cd, lanes));
+  Four<A> first;
   std::memcpy(&first, &sums, sizeof(first));
-  std::memcpy(&old, target, sizeof(old));
-  first += old;
-  std::memcpy(target, &first, sizeof(first));
+  return first;
 }
 
 } // namespace hf_querydet::cpu
