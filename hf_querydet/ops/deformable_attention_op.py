@@ -153,13 +153,17 @@ def _match_dtypes(
     return sampling_locations.float(), attention_weights.float()
 
 
-@torch.compiler.assume_constant_result
 def _has_kernel(device_type: str) -> bool:
     """Whether to call the compiled operator; a constant for torch.compile and torch.export."""
     # ONNX knows grid_sample and not our operator. The exporter cannot run unless it is imported.
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         return False
     return extension.load(device_type)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which
+# doubles the time that `import hf_querydet` takes.
+_has_kernel._dynamo_marked_constant = True
 
 
 # ---- operator ------------------------------------------------------------------------------------
