@@ -45,6 +45,8 @@ SOURCES = {
 }
 # Kernels use the stable ABI of the oldest torch that we support, 2.11.
 COMMON_FLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+# For ms_deform_attn.cpp where it is linked with CUDA kernels.
+CUDA_HOST_FLAGS = (*COMMON_FLAGS, "-DUSE_CUDA", "-fvisibility=hidden")
 LIBRARY_PREFIX = "_ms_deform_attn"
 
 
@@ -188,7 +190,7 @@ def compiler_flags(device_type: str) -> list[str]:
     if device_type == "cuda":
         code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in gpu_architectures()]
         # USE_CUDA lets torch's stable headers declare the CUDA functions.
-        return [*COMMON_FLAGS, "-DUSE_CUDA", *code]
+        return [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *code]
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     # 512: compilers prefer half the width, which costs more here than the lower clock gains.
     native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
@@ -370,17 +372,32 @@ def _compile(device_type: str, workspace: Path) -> tuple[Path, str]:
         cpp_extension.load(
             name=f"{LIBRARY_PREFIX}_{device_type}",
             sources=[str(source_directory() / source) for source in SOURCES[device_type]],
-            # The shared checks are the only C++ file of the CUDA library.
-            extra_cflags=flags if device_type == "cpu" else [*COMMON_FLAGS, "-DUSE_CUDA"],
+            extra_cflags=flags if device_type == "cpu" else list(CUDA_HOST_FLAGS),
             extra_cuda_cflags=flags if device_type == "cuda" else None,
+            extra_ldflags=_cudart_flags(workspace) if device_type == "cuda" else None,
             build_directory=str(workspace),
             with_cuda=device_type == "cuda",
             is_python_module=False,
         )
     seconds = time.perf_counter() - start
     commands = (workspace / "build.ninja").read_text()
-    (built,) = workspace.glob("*.so")
+    (built,) = workspace.glob(f"{LIBRARY_PREFIX}*.so")
     return built, f"Built in {seconds:.1f} s with torch {torch.__version__}.\n\n{commands}"
+
+
+def _cudart_flags(workspace: Path) -> list[str]:
+    """Let the linker find the CUDA runtime that torch has loaded.
+
+    torch links with -lcudart, but a toolkit from pip or conda may bring no file of that name.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return []
+    loaded = [line.split()[-1] for line in maps.read_text().splitlines() if "libcudart.so" in line]
+    if not loaded:
+        return []
+    (workspace / "libcudart.so").symlink_to(loaded[0])
+    return [f"-L{workspace}"]
 
 
 @contextlib.contextmanager
