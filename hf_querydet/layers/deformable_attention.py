@@ -110,9 +110,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(object_queries)
         # Half types cannot tell neighbouring cells of a large level apart.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
-        offsets = offsets.unflatten(
-            -1, (self.num_heads, self.num_levels, self.num_points, 2)
-        )
+        offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         if reference_points is not None:
             points = self._per_level("reference_points", reference_points, 2, offsets)
             # Filled on the device: a tensor made from a list would wait for the GPU.

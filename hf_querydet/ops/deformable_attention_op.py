@@ -211,9 +211,7 @@ def _backward_without_kernel(
     arguments = (sampling_locations, attention_weights)
     if extension.load(value.device.type):
         return _BACKWARD(grad_output, value, spatial_shapes, *arguments)
-    return ms_deform_attn_backward_reference(
-        grad_output, value, _pairs(spatial_shapes), *arguments
-    )
+    return ms_deform_attn_backward_reference(grad_output, value, _pairs(spatial_shapes), *arguments)
 
 
 @torch.library.register_fake(_FORWARD, lib=_LIBRARY)
@@ -264,9 +262,7 @@ def _no_second_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(
-    _FORWARD, _backward, setup_context=_save_for_backward, lib=_LIBRARY
-)
+torch.library.register_autograd(_FORWARD, _backward, setup_context=_save_for_backward, lib=_LIBRARY)
 torch.library.register_autograd(_BACKWARD, _no_second_backward, lib=_LIBRARY)
 
 

@@ -19,7 +19,6 @@ Environment:
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import logging
@@ -144,6 +143,37 @@ def clean() -> list[Path]:
     return builds
 
 
+def describe(device_type: str) -> dict[str, str]:
+    """What is known about the kernels of a device type, without building them.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        Short texts under `status`, `library`, `flags`, `directory` and, where something is wrong,
+        `reason`.
+    """
+    state = state_of(device_type)
+    facts = {"status": state.status, "flags": " ".join(compiler_flags(device_type))}
+    if state.reason:
+        facts["reason"] = state.reason
+    try:
+        directory = build_directory(device_type)
+    # The same failures as in a build: no sources, no compiler, a compiler that does not run.
+    except (OSError, subprocess.SubprocessError) as error:
+        facts.setdefault("reason", str(error))
+        directory = None
+    library = state.library or _packaged_library(device_type)
+    if directory is not None:
+        facts["directory"] = str(directory)
+        library = library or directory / _library_file(device_type)
+        log = directory / "build.log"
+        if not library.is_file() and log.is_file():
+            facts.setdefault("reason", f"the last build failed:\n{log.read_text()}")
+    facts["library"] = str(library) if library is not None and library.is_file() else "not built"
+    return facts
+
+
 # ---- what a build depends on ---------------------------------------------------------------------
 
 
@@ -164,7 +194,7 @@ def source_directory() -> Path:
 
 
 def instruction_set() -> str:
-    """The CPU's features as the system names them; code built for one set may not run on another."""
+    """The CPU's features, by the system's names; code built for one set may fail on another."""
     names = {"x86_64": "flags", "aarch64": "Features"}
     name = names.get(platform.machine())
     cpuinfo = Path("/proc/cpuinfo")
@@ -176,7 +206,7 @@ def instruction_set() -> str:
 
 
 def gpu_architectures() -> tuple[str, ...]:
-    """Architectures to compile for, as in `90` for sm_90: TORCH_CUDA_ARCH_LIST, or the GPUs here."""
+    """Architectures to compile for, `90` for sm_90: TORCH_CUDA_ARCH_LIST, or the GPUs here."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     numbers = [item.removesuffix("+PTX").replace(".", "") for item in listed]
     if not numbers and torch.cuda.is_available():
@@ -198,7 +228,6 @@ def compiler_flags(device_type: str) -> list[str]:
     return [*COMMON_FLAGS, *native, "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
-@functools.cache
 def _compiler_version(device_type: str) -> str:
     """First words of the compiler about itself; raises if it is missing or does not run."""
     compiler = os.environ.get("CXX", "c++")
@@ -252,6 +281,10 @@ def build_key(device_type: str, *, compiler: str = "") -> str:
 def packaged_library_name(device_type: str) -> str:
     """File name, without suffix, of a library that is built together with the package."""
     return f"{LIBRARY_PREFIX}_{device_type}_{build_key(device_type)}"
+
+
+def _library_file(device_type: str) -> str:
+    return f"{LIBRARY_PREFIX}_{device_type}.so"
 
 
 def build_directory(device_type: str) -> Path:
@@ -308,7 +341,7 @@ def _packaged_library(device_type: str) -> Path | None:
 
 def _cached_library(device_type: str) -> Path:
     directory = build_directory(device_type)
-    library = directory / f"{LIBRARY_PREFIX}_{device_type}.so"
+    library = directory / _library_file(device_type)
     # Without the lock first: a complete library is never changed, and the cache may be read-only.
     if library.is_file():
         return library

@@ -106,7 +106,7 @@ def _levels(
     attention_weights: Tensor,
     dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Map (B*M, D, H, W), grid (B*M, Q, P, 2), weights (B*M, 1, Q, P) and inside, level by level."""
+    """Yield map (B*M, D, H, W), grid (B*M, Q, P, 2), weights (B*M, 1, Q, P), inside; per level."""
     batch, _, num_heads, head_size = value.shape
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
