@@ -6,12 +6,14 @@
 ``--model`` is a variant's name (a new detector), a directory, or a Hub id. ``--dataset`` is a Hub
 dataset, a picture folder with metadata.jsonl, or a COCO json; see
 ``hf_querydet.data.load_detection_dataset``. The run leaves ``best`` and ``last`` (model, image
-processor, metrics.json) and ``checkpoints`` in the output directory.
+processor, metrics.json) and ``checkpoints`` in the output directory; ``--push-to-hub`` uploads
+``best``.
 """
 
 import argparse
 import json
 import math
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -93,6 +96,8 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint-steps", type=int, help="also save a checkpoint every so many steps")
     add("--log-steps", type=int, default=20, help="steps between lines of the log")
     add("--report-to", help="tracker of accelerate: tensorboard, wandb, ...")
+    add("--push-to-hub", metavar="REPO_ID", help="where 'best' is uploaded after the run")
+    add("--hub-private", action=flag, default=False, help="create that repository as a private one")
     add("--seed", type=int, default=42, help="of weights, order and augmentation")
     return parser.parse_args()
 
@@ -285,6 +290,25 @@ def save_checkpoint(args, accelerator, progress: TrainingProgress) -> None:
     accelerator.wait_for_everyone()
 
 
+def push(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Upload ``best``. If that fails, it is all on the disk, and can be pushed by one command."""
+    if not accelerator.is_main_process:
+        return
+    directory = (args.output_dir / "best").resolve()
+    try:
+        url = create_repo(args.push_to_hub, private=args.hub_private or None, exist_ok=True)
+        upload_folder(repo_id=url.repo_id, folder_path=directory)
+    except Exception as error:  # no network, no such token, no such name, no space left, ...
+        command = ["hf", "upload", args.push_to_hub, str(directory)]
+        command += ["--private"] if args.hub_private else []
+        raise SystemExit(
+            f"Not pushed to {args.push_to_hub}: {error}\n"
+            f"Nothing is lost: model, image processor and metrics are in {directory}. "
+            f"To push them again:\n{shlex.join(command)}"
+        ) from error
+    say(accelerator, f"Pushed {args.output_dir / 'best'} to {url}.")
+
+
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(
@@ -399,6 +423,8 @@ def main() -> None:
     bar.close()
     say(accelerator, f"Saved {args.output_dir / 'best'} and {args.output_dir / 'last'}.")
     accelerator.end_training()
+    if args.push_to_hub:
+        push(args, accelerator)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command `hf-querydet`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,23 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 @app.callback()
 def hf_querydet() -> None:
     """Query-based object detectors for the Hugging Face ecosystem."""
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", help="Gets the model and a picture with boxes.")
+    ] = Path("demo"),
+) -> None:
+    """Train a small detector on generated scenes, about two minutes on two CPU cores."""
+    # Imported here, or every command would wait for it.
+    from hf_querydet.demo import PICTURE_NAME, run_demo
+    from hf_querydet.evaluation import format_table
+
+    metrics = run_demo(output_dir)
+    typer.echo(f"\n{format_table(metrics)}")
+    typer.echo(f"\nmodel and image processor: {output_dir}")
+    typer.echo(f"picture with boxes: {output_dir / PICTURE_NAME}")
 
 
 @app.command()

@@ -82,10 +82,16 @@ def load_detector(
         **kwargs: For the model's ``from_pretrained``.
 
     Raises:
+        OSError: If there is no config.json.
         ValueError: If the configuration is of none of the variants.
     """
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
+    if not config:
+        raise OSError(
+            f"{name_or_path} has no config.json; name the directory or repository of a saved "
+            "detector. In the output of a training run these are 'best' and 'last'."
+        )
     variant = VARIANTS.get(config.get("model_type", "").removeprefix(MODEL_TYPE_PREFIX))
     if variant is None:
         raise ValueError(

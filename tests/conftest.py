@@ -5,6 +5,7 @@ import tempfile
 
 import pytest
 import torch
+from hub_server import HubServer
 
 # Read by the hub clients when they are imported, so it comes before all else. What is cached on
 # this machine must not decide a test.
@@ -47,3 +48,10 @@ def _seed():
 @pytest.fixture
 def device(request) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub on this machine, for processes that are started with its `environment`."""
+    with HubServer() as server:
+        yield server

@@ -61,3 +61,8 @@ def test_load_detector_refuses_other_architectures(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model of type 'vit'; this library has"):
         hf_querydet.load_detector(tmp_path)
+
+
+def test_load_detector_says_that_there_is_no_configuration(tmp_path):
+    with pytest.raises(OSError, match=r"has no config\.json; name the directory or repository"):
+        hf_querydet.load_detector(tmp_path)

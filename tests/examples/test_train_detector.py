@@ -4,13 +4,16 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from hub_server import USER, hub_environment
 from scene_files import write_split
 from tiny import TINY_BACKBONE
 from transformers import pipeline
@@ -52,7 +55,7 @@ def arguments(dataset, output_dir, *extra, **options):
     return [*words, *(str(word) for word in extra)]
 
 
-def environment():
+def environment(changes=None):
     package_root = str(Path(hf_querydet.__file__).parents[1])
     return {
         **os.environ,
@@ -60,10 +63,11 @@ def environment():
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        **(changes or {}),
     }
 
 
-def launch(words, num_processes=1):
+def launch(words, num_processes=1, changes=None):
     several = ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *several]
     command += ["--num_processes", str(num_processes), "--num_machines", "1"]
@@ -72,7 +76,7 @@ def launch(words, num_processes=1):
         [*command, str(SCRIPT), *words],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(changes),
         check=False,
         timeout=300,
     )
@@ -213,3 +217,78 @@ def test_dataset_without_boxes_is_refused(tmp_path, main_of_script):
     words = arguments(tmp_path / "data", tmp_path / "out", "--eval-split", "none")
     with pytest.raises(ValueError, match="box"):
         main_of_script(words)
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without_git_files(files):
+    return {path: content for path, content in files.items() if path != ".gitattributes"}
+
+
+@pytest.fixture(scope="module")
+def pushed_run(scenes, hub, tmp_path_factory):
+    """A run of two processes that pushes to a new repository."""
+    output_dir = tmp_path_factory.mktemp("pushed run")
+    words = arguments(scenes, output_dir, "--max-train-steps", 1, "--eval-split", "none")
+    words += ["--push-to-hub", f"{USER}/two-processes", "--hub-private"]
+    output = launch(words, 2, hub.environment(tmp_path_factory.mktemp("home")))
+    return output, output_dir
+
+
+def test_best_is_pushed(pushed_run, hub):
+    output, output_dir = pushed_run
+    best = files_in(output_dir / "best")
+    assert {"model.safetensors", "preprocessor_config.json", "metrics.json"} <= set(best)
+    assert without_git_files(hub.files(f"{USER}/two-processes")) == best
+    assert f"to {hub.url}/{USER}/two-processes." in output
+
+
+def test_only_the_main_process_pushes(pushed_run, hub):
+    assert hub.requests.count(f"POST /api/models/{USER}/two-processes/preupload/main") == 1
+
+
+def test_pushed_repository_is_private_on_request(pushed_run, hub):
+    assert hub.repos[f"{USER}/two-processes"].private
+
+
+@pytest.fixture(scope="module")
+def failed_push(scenes, tmp_path_factory):
+    """A run that finds no Hub at its end."""
+    output_dir = tmp_path_factory.mktemp("failed push")
+    words = arguments(scenes, output_dir, "--max-train-steps", 1, "--eval-split", "none")
+    words += ["--push-to-hub", f"{USER}/second-try", "--hub-private"]
+    with socket.socket() as closed:
+        # Taken, so that no one else answers, but not listening.
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        result = subprocess.run(
+            [sys.executable, str(SCRIPT), *words],
+            capture_output=True,
+            text=True,
+            env=environment(hub_environment(endpoint, tmp_path_factory.mktemp("home"))),
+            check=False,
+            timeout=300,
+        )
+    return result, output_dir / "best"
+
+
+def test_failed_push_says_where_the_model_is_and_is_an_error(failed_push):
+    result, best = failed_push
+    assert result.returncode == 1
+    assert re.search(f"Not pushed to {USER}/second-try: .*Connection refused", result.stderr)
+    assert f"metrics are in {best}." in result.stderr
+    hf_querydet.load_detector(best)
+
+
+def test_command_of_a_failed_push_pushes(failed_push, hub, tmp_path):
+    result, best = failed_push
+    program, *words = shlex.split(result.stderr.splitlines()[-1])
+    assert program == "hf"
+
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", *words]
+    subprocess.run(command, check=True, env=environment(hub.environment(tmp_path)), timeout=100)
+
+    assert without_git_files(hub.files(f"{USER}/second-try")) == files_in(best)
+    assert hub.repos[f"{USER}/second-try"].private
