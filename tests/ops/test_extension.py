@@ -104,7 +104,6 @@ def test_import_compiles_nothing_and_says_nothing(cache):
         "import sys, hf_querydet, hf_querydet.ops\n"
         "from hf_querydet.ops import extension\n"
         "assert 'torch.utils.cpp_extension' not in sys.modules\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
         "print(extension.state_of('cpu').status)"
     )
     assert process.communicate() == ("untried\n", "")
