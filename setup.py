@@ -2,8 +2,13 @@
 
 ``csrc/`` lies beside the package and is shipped inside it as ``hf_querydet._csrc``, so that the
 deformable attention can be compiled on first use wherever the wheel was installed.
+
+``HF_QUERYDET_BUILD_EXT=1 pip install --no-build-isolation .`` compiles it now instead, for the CPU
+of this machine and, where nvcc is found, for its GPUs or those in TORCH_CUDA_ARCH_LIST.
 """
 
+import importlib.util
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -34,6 +39,36 @@ EXTRAS = {
 }
 
 
+def kernel_extensions() -> dict:
+    """Arguments of setup() that compile the kernels; the only place that needs torch here."""
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    # By path: the package itself imports more than a build environment need have.
+    path = ROOT / "hf_querydet" / "ops" / "extension.py"
+    spec = importlib.util.spec_from_file_location("extension", path)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+
+    def sources(device_type: str) -> list[str]:
+        return [f"csrc/{source}" for source in extension.SOURCES[device_type]]
+
+    extensions = [
+        CppExtension(
+            f"hf_querydet.{extension.packaged_library_name('cpu')}",
+            sources("cpu"),
+            extra_compile_args=extension.compiler_flags("cpu"),
+        )
+    ]
+    if CUDA_HOME is not None and extension.gpu_architectures():
+        flags = {
+            "cxx": list(extension.CUDA_HOST_FLAGS),
+            "nvcc": extension.compiler_flags("cuda"),
+        }
+        name = f"hf_querydet.{extension.packaged_library_name('cuda')}"
+        extensions.append(CUDAExtension(name, sources("cuda"), extra_compile_args=flags))
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+
+
 setup(
     name="hf_querydet",
     version="0.1.0",
@@ -48,6 +83,7 @@ setup(
     package_data={"hf_querydet._csrc": ["*.h", "*.cpp", "cpu/*.cpp", "cpu/*.h", "cuda/*.cu*"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
+    **(kernel_extensions() if os.environ.get("HF_QUERYDET_BUILD_EXT") == "1" else {}),
     entry_points={"console_scripts": ["hf-querydet = hf_querydet.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

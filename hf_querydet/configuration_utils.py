@@ -62,8 +62,9 @@ class DetectorConfig(PreTrainedConfig):
         "encoder_hidden_states",
         "encoder_attentions",
     ]
-    # Stages of the backbone that the variant reads, counted from the stem (0).
-    backbone_stages: ClassVar[tuple[int, ...]] = (4,)
+    # Stages of the backbone that the variant reads, counted from the last, because some networks
+    # count their stem as a stage and some do not.
+    backbone_stages: ClassVar[tuple[int, ...]] = (-1,)
 
     backbone_config: dict | PreTrainedConfig | None = None
     num_channels: int = 3

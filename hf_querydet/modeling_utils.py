@@ -40,23 +40,24 @@ class DetectorPreTrainedModel(PreTrainedModel):
     ) -> Self:
         """Load a detector; see ``PreTrainedModel.from_pretrained``.
 
-        With ``num_labels`` or ``id2label``, a class head of another size is re-created for the new
-        labels without ``ignore_mismatched_sizes``. Any other tensor of a wrong shape stays an
-        error.
+        A class head of another size than the configuration's number of labels (which ``num_labels``
+        or ``id2label`` set) is created anew, without ``ignore_mismatched_sizes``. Any other tensor
+        of a wrong shape stays an error.
 
         Raises:
             RuntimeError: If tensors other than the class head have another shape than the
                 checkpoint's.
         """
-        new_labels = "num_labels" in kwargs or "id2label" in kwargs
-        recreate_head = new_labels and "ignore_mismatched_sizes" not in kwargs
-        if recreate_head:
-            kwargs["ignore_mismatched_sizes"] = True
         wants_info = kwargs.pop("output_loading_info", False)
+        ignores_all = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
-        if recreate_head:
+        if not ignores_all:
             cls._check_mismatched_keys(info["mismatched_keys"])
         # Loading puts new parameters in place of those that were frozen at construction.
         for module in model.modules():

@@ -28,6 +28,10 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+def pytest_unconfigure():
+    CACHE.cleanup()
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import USER, hub_environment
+from scene_files import write_split
 from tiny import TINY_BACKBONE
 from transformers import pipeline
 
 import hf_querydet
-from hf_querydet.demo import SHAPES, ShapeScenes
+from hf_querydet.demo import SHAPES
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_detector.py"
 OPTIONS = {
@@ -35,21 +36,6 @@ OPTIONS = {
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
 }
-
-
-def write_split(folder, num_scenes, seed):
-    folder.mkdir(parents=True)
-    scenes, rows = ShapeScenes(num_scenes, seed=seed), []
-    for index in range(num_scenes):
-        scene = scenes[index]
-        scene["image"].save(folder / f"{index}.png")
-        found = scene["annotations"]["annotations"]
-        objects = {
-            "bbox": [each["bbox"] for each in found],
-            "category": [SHAPES[each["category_id"]] for each in found],
-        }
-        rows.append({"file_name": f"{index}.png", "image_id": index, "objects": objects})
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
 @pytest.fixture(scope="module")

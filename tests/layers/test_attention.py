@@ -43,7 +43,8 @@ def test_output_is_that_of_pytorch(implementation, padding_mask, device):
 
     output, _ = layer.to(device)(query.to(device), key.to(device), value.to(device), mask)
 
-    torch.testing.assert_close(output.cpu(), expected)
+    # The eager softmax is computed in float32 whatever the input.
+    torch.testing.assert_close(output.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_eager_attention_returns_the_weights_of_every_head():

@@ -329,6 +329,14 @@ def test_new_labels_recreate_the_class_head_only(name, tmp_path):
     assert loaded(pixel_values=torch.randn(1, 3, 64, 64), labels=labels).loss.isfinite()
 
 
+def test_new_number_of_labels_passes_through_auto_classes(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path, num_labels=5)
+    assert loaded.config.num_labels == 5
+    outputs = forward(loaded, **tiny_batch())
+    assert outputs.logits.shape[-1] >= 5
+
+
 def test_other_wrong_shapes_stay_errors_with_new_labels(name, tmp_path):
     build(name).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="query_position_embeddings"):

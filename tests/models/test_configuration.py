@@ -26,7 +26,7 @@ def test_defaults_are_the_papers_r50():
 
     backbone = config.backbone_config
     assert (backbone.model_type, backbone.backbone) == ("timm_backbone", "resnet50.tv_in1k")
-    assert (backbone.out_indices, backbone.output_stride) == ([4], None)
+    assert (backbone.out_indices, backbone.output_stride) == ([-1], None)
     assert (config.d_model, config.num_queries) == (256, 100)
     assert (config.encoder_layers, config.decoder_layers) == (6, 6)
     assert (config.encoder_attention_heads, config.decoder_attention_heads) == (8, 8)
@@ -60,7 +60,7 @@ def test_name_is_a_transformers_backbone_without_timm(tmp_path):
 
     assert isinstance(backbone, ResNetConfig)
     assert backbone.hidden_sizes == [8, 12, 16, 20]
-    assert backbone.out_indices == [4]
+    assert backbone.out_indices == [-1]
     # Where the pretrained weights are, should they be asked for.
     assert backbone.name_or_path == str(tmp_path)
 
@@ -70,7 +70,7 @@ def test_without_timm_and_without_a_name_it_is_transformers_resnet50():
 
     assert isinstance(backbone, ResNetConfig)
     assert (backbone.depths, backbone.layer_type) == ((3, 4, 6, 3), "bottleneck")
-    assert (backbone.out_indices, backbone.num_channels) == ([4], 1)
+    assert (backbone.out_indices, backbone.num_channels) == ([-1], 1)
 
 
 def test_backbone_config_is_taken_as_it_is():
@@ -296,7 +296,7 @@ def test_older_file_with_a_backbone_name_is_read(tmp_path, backbone_kwargs):
     backbone = DETRConfig.from_pretrained(tmp_path).backbone_config
 
     assert (backbone.backbone, backbone.output_stride) == ("resnet101", 16)
-    assert backbone.out_indices == ([1, 2, 3, 4] if backbone_kwargs else [4])
+    assert backbone.out_indices == ([1, 2, 3, 4] if backbone_kwargs else [-1])
 
 
 # Errors

@@ -1,0 +1,748 @@
+// Multi-scale deformable attention on the CPU. Contract and letters: ../ms_deform_attn.h.
+//
+// Channels of a head lie in vector registers; coordinates are computed for a block of samples at
+// once, one sample to a lane.
+//
+// Forward. The tokens of one (batch, head) are first copied into a map with a border of zeros:
+// rows lie side by side, which a strided (B, S, M, D) tensor spreads over few cache sets, and a
+// corner outside the level needs no test. Where there are too few samples to repay the copy (a
+// decoder), the tensor is read in place instead.
+//
+// Backward. A unit is one level of one (batch, head). One thread owns a unit from beginning to
+// end: it adds the value gradient of that level in its own map, and writes the gradients of the
+// locations and weights that point into that level. So there are no atomics, and the result does
+// not depend on the number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "../ms_deform_attn.h"
+#include "vectors.h"
+
+namespace hf_querydet::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Samples whose coordinates are computed together; a multiple of every vector's lanes.
+constexpr int64_t kSampleBlock = 64;
+constexpr int64_t kCoordinateLanes = 16;
+// Queries of one forward unit: long enough to amortise its start, short enough to share out.
+constexpr int64_t kQueryBlock = 128;
+// Copying a token costs about as much as this many samples read in place.
+constexpr int64_t kSamplesPerPackedToken = 2;
+
+constexpr int64_t round_up(int64_t number, int64_t multiple) {
+  return (number + multiple - 1) / multiple * multiple;
+}
+
+// ---- memory and threads ------------------------------------------------------------------------
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Scratch = std::unique_ptr<std::byte, Free>;
+
+Scratch allocate(int64_t bytes) {
+  constexpr int64_t cache_line = 64;
+  void* memory = std::aligned_alloc(cache_line, round_up(std::max<int64_t>(bytes, 1), cache_line));
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+  return Scratch(static_cast<std::byte*>(memory));
+}
+
+int64_t num_workers(int64_t num_units) {
+  return std::min<int64_t>(num_units, torch::stable::get_num_threads());
+}
+
+// Calls run(unit, worker) for every unit; threads take the next unit when they are free.
+template <typename Run>
+void for_each_unit(int64_t num_units, const Run& run) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(
+      0, num_workers(num_units), 1, [&](int64_t first_worker, int64_t last_worker) {
+        for (int64_t worker = first_worker; worker < last_worker; ++worker) {
+          for (int64_t unit = next++; unit < num_units; unit = next++) {
+            run(unit, worker);
+          }
+        }
+      });
+}
+
+// ---- the problem in pointers -------------------------------------------------------------------
+
+template <typename T, typename R>
+struct Problem {
+  explicit Problem(const Inputs& inputs)
+      : inputs(inputs),
+        value(inputs.value.const_data_ptr<T>()),
+        locations(inputs.sampling_locations.const_data_ptr<R>()),
+        weights(inputs.attention_weights.const_data_ptr<R>()),
+        padded_head_size(round_up(inputs.head_size, kLanes<Sum<T>>)) {
+    for (int dim = 0; dim < 3; ++dim) {
+      value_stride[dim] = inputs.value.stride(dim);
+      locations_stride[dim] = inputs.sampling_locations.stride(dim);
+      weights_stride[dim] = inputs.attention_weights.stride(dim);
+    }
+  }
+
+  const T* tokens(int64_t batch, int64_t head) const {
+    return value + batch * value_stride[0] + head * value_stride[2];
+  }
+  const R* locations_of(int64_t batch, int64_t query, int64_t head) const {
+    return locations + batch * locations_stride[0] + query * locations_stride[1] +
+        head * locations_stride[2];
+  }
+  const R* weights_of(int64_t batch, int64_t query, int64_t head) const {
+    return weights + batch * weights_stride[0] + query * weights_stride[1] +
+        head * weights_stride[2];
+  }
+
+  const Inputs& inputs;
+  const T* value;
+  const R* locations;
+  const R* weights;
+  int64_t padded_head_size; // head_size up to whole vectors
+  int64_t value_stride[3];     // batch, token, head
+  int64_t locations_stride[3]; // batch, query, head
+  int64_t weights_stride[3];   // batch, query, head
+};
+
+// ---- samples: from locations to cells and fractions ----------------------------------------------
+
+// Facts about the level of each sample, laid out per sample so that a block needs no inner loop.
+template <typename A>
+struct LevelTable {
+  explicit LevelTable(int64_t num_samples)
+      : num_samples(num_samples),
+        width(round_up(num_samples, kCoordinateLanes)),
+        height(width.size()),
+        row_length(width.size()),
+        start(width.size()) {}
+
+  int64_t num_samples;
+  std::vector<A> width, height;
+  std::vector<int64_t> row_length; // of the level's map, or of the level, in cells
+  std::vector<int64_t> start;      // of the level, in cells
+};
+
+// Locations and weights as they came. Room for a whole block is always computed, so that unused
+// entries must hold numbers.
+template <typename R>
+struct RawSamples {
+  alignas(64) R location[2 * kSampleBlock] = {};
+  alignas(64) R weight[kSampleBlock] = {};
+
+  void read(const R* locations, const R* weights, int64_t at, int64_t count) {
+    copy_bytes(location + 2 * at, locations, 2 * count * sizeof(R));
+    copy_bytes(weight + at, weights, count * sizeof(R));
+  }
+};
+
+template <typename A>
+struct Samples {
+  alignas(64) A location[2 * kSampleBlock];
+  alignas(64) A weight[kSampleBlock]; // zero where the sample takes no part
+  // The corner at the top left: column and row, -1 to size - 1.
+  alignas(64) int32_t column[kSampleBlock];
+  alignas(64) int32_t row[kSampleBlock];
+  alignas(64) int32_t inside[kSampleBlock];
+  // Its element, for the first channel, in the maps; see bordered_cells.
+  alignas(64) int64_t element[kSampleBlock];
+  // Distance from that corner, 0 to 1, and the weight of each corner.
+  alignas(64) A fraction_x[kSampleBlock];
+  alignas(64) A fraction_y[kSampleBlock];
+  alignas(64) A corner_weight[4][kSampleBlock];
+
+  // Computes everything above, for samples first.. of the table.
+  template <typename R>
+  void locate(const RawSamples<R>& raw, const LevelTable<A>& table, int64_t first, int64_t count,
+              int64_t cell_size) {
+    const int64_t padded_count = round_up(count, kCoordinateLanes);
+    widen_to<R>(raw.location, location, 2 * padded_count);
+    widen_to<R>(raw.weight, weight, padded_count);
+    const A* widths = table.width.data() + first;
+    const A* heights = table.height.data() + first;
+    const int64_t* row_lengths = table.row_length.data() + first;
+    const int64_t* starts = table.start.data() + first;
+    for (int64_t i = 0; i < padded_count; ++i) {
+      A x = location[2 * i] * widths[i] - A(0.5);
+      A y = location[2 * i + 1] * heights[i] - A(0.5);
+      // False for NaN as well. Bitwise, so that there is no branch to break the vector loop.
+      const bool is_inside = (x > A(-1)) & (x < widths[i]) & (y > A(-1)) & (y < heights[i]);
+      // Any other sample reads the two rows of zeros below the level.
+      x = is_inside ? x : A(-1);
+      y = is_inside ? y : heights[i];
+      const A w = is_inside ? weight[i] : A(0);
+      int32_t x0 = static_cast<int32_t>(x);
+      int32_t y0 = static_cast<int32_t>(y);
+      x0 -= static_cast<A>(x0) > x; // conversion truncates, this makes it the floor
+      y0 -= static_cast<A>(y0) > y;
+      const A fx = x - static_cast<A>(x0);
+      const A fy = y - static_cast<A>(y0);
+      column[i] = x0;
+      row[i] = y0;
+      inside[i] = is_inside;
+      element[i] = (starts[i] + (int64_t{y0} + 1) * row_lengths[i] + x0 + 1) * cell_size;
+      fraction_x[i] = fx;
+      fraction_y[i] = fy;
+      weight[i] = w;
+      corner_weight[0][i] = w * (1 - fx) * (1 - fy);
+      corner_weight[1][i] = w * fx * (1 - fy);
+      corner_weight[2][i] = w * (1 - fx) * fy;
+      corner_weight[3][i] = w * fx * fy;
+    }
+  }
+
+ private:
+  template <typename R>
+  static void widen_to(const R* source, A* target, int64_t count) {
+    if constexpr (std::is_same_v<R, A>) {
+      copy_bytes(target, source, count * sizeof(A));
+    } else {
+      widen(source, target, count);
+    }
+  }
+};
+
+// ---- maps with a border of zeros -----------------------------------------------------------------
+
+// Column 0 of every row is zero and serves as the right border of the row above it too; there is
+// one row of zeros on top and two at the bottom.
+int64_t bordered_cells(const Level& level) {
+  return (level.height + 3) * (level.width + 1);
+}
+
+// Calls run(token of the level, cell of the bordered map) row by row, for `length` tokens each.
+template <typename Run>
+void for_each_row(const Level& level, const Run& run) {
+  for (int64_t row = 0; row < level.height; ++row) {
+    run(row * level.width, (row + 1) * (level.width + 1) + 1);
+  }
+}
+
+template <typename T>
+inline void copy_channels(T* target, const T* source, int64_t count) {
+  // Constant sizes become a few vector moves.
+  switch (count * sizeof(T)) {
+    case 64: std::memcpy(target, source, 64); break;
+    case 128: std::memcpy(target, source, 128); break;
+    default: std::memcpy(target, source, count * sizeof(T));
+  }
+}
+
+// Copies one level of one (batch, head) into its map.
+template <typename T>
+void pack_level(const Level& level, const T* tokens, int64_t token_stride, int64_t head_size,
+                int64_t padded_head_size, T* map) {
+  const int64_t row_length = (level.width + 1) * padded_head_size;
+  std::memset(map, 0, (row_length + padded_head_size) * sizeof(T)); // top row, first border cell
+  for_each_row(level, [&](int64_t token, int64_t cell) {
+    const T* source = tokens + (level.start + token) * token_stride;
+    T* target = map + cell * padded_head_size;
+    for (int64_t column = 0; column < level.width; ++column) {
+      copy_channels(target, source, head_size);
+      std::memset(target + head_size, 0, (padded_head_size - head_size) * sizeof(T));
+      source += token_stride;
+      target += padded_head_size;
+    }
+    std::memset(target, 0, padded_head_size * sizeof(T)); // border of the next row
+  });
+  T* bottom = map + (level.height + 1) * row_length + padded_head_size;
+  std::memset(bottom, 0, (2 * row_length - padded_head_size) * sizeof(T));
+}
+
+// ---- forward ---------------------------------------------------------------------------------
+
+template <typename T>
+struct Corners {
+  const T* at[4]; // top left, top right, bottom left, bottom right
+};
+
+// Reads the bordered maps of one (batch, head).
+template <typename T>
+struct PackedSource {
+  const T* maps;
+  int64_t cell_size;
+
+  Corners<T> corners(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
+                     int64_t first, int64_t i) const {
+    const T* top = maps + samples.element[i];
+    const T* bottom = top + table.row_length[first + i] * cell_size;
+    return {{top, top + cell_size, bottom, bottom + cell_size}};
+  }
+};
+
+// Reads the tokens of one (batch, head) in place; corners outside the level read `zeros`.
+template <typename T>
+struct DirectSource {
+  const T* tokens;
+  int64_t token_stride;
+  const T* zeros;
+
+  Corners<T> corners(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
+                     int64_t first, int64_t i) const {
+    const int64_t width = table.row_length[first + i];
+    const int64_t height = static_cast<int64_t>(table.height[first + i]);
+    const int64_t column = samples.column[i];
+    const int64_t row = samples.row[i];
+    const bool left = column >= 0, right = column + 1 < width;
+    const bool top = row >= 0 && row < height, bottom = row + 1 < height;
+    const int64_t token = table.start[first + i] + row * width + column;
+    const auto read = [&](bool is_inside, int64_t offset) {
+      return is_inside ? tokens + (token + offset) * token_stride : zeros;
+    };
+    return {{read(top & left, 0), read(top & right, 1), read(bottom & left, width),
+             read(bottom & right, width + 1)}};
+  }
+};
+
+// Adds the weighted corners of the samples to `num_vectors` vectors of channels.
+template <int num_vectors, typename T, typename Source>
+inline void gather(const Source& source, const LevelTable<Sum<T>>& table,
+                   const Samples<Sum<T>>& samples, int64_t first, int64_t count, int64_t channel,
+                   Vector<Sum<T>>* sums) {
+  using A = Sum<T>;
+  // Several sums per vector, so that an addition need not wait for the one before it; as many
+  // as sixteen registers hold.
+  constexpr int num_chains = num_vectors == 4 ? 2 : 4;
+  Vector<A> chains[num_chains][num_vectors] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const Corners<T> corners = source.corners(table, samples, first, i);
+    for (int corner = 0; corner < 4; ++corner) {
+      const Vector<A> weight = broadcast(samples.corner_weight[corner][i]);
+      for (int v = 0; v < num_vectors; ++v) {
+        chains[corner % num_chains][v] +=
+            weight * load(corners.at[corner] + channel + v * kLanes<A>);
+      }
+    }
+  }
+  for (int chain = 0; chain < num_chains; ++chain) {
+    for (int v = 0; v < num_vectors; ++v) {
+      sums[v] += chains[chain][v];
+    }
+  }
+}
+
+// Working memory of one thread.
+template <typename T, typename R>
+struct Block {
+  RawSamples<R> raw;
+  Samples<Sum<T>> samples;
+};
+
+// Fills one row of the output, for one (batch, query, head).
+template <int num_vectors, typename T, typename R, typename Source>
+inline void attend(const Source& source, const LevelTable<Sum<T>>& table, Block<T, R>& block,
+                   const R* locations, const R* weights, int64_t head_size, int64_t cell_size,
+                   T* output) {
+  using A = Sum<T>;
+  constexpr int64_t step = num_vectors * kLanes<A>;
+  const int64_t num_samples = table.num_samples;
+  for (int64_t channel = 0; channel < head_size; channel += step) {
+    Vector<A> sums[num_vectors] = {};
+    for (int64_t first = 0; first < num_samples; first += kSampleBlock) {
+      const int64_t count = std::min(kSampleBlock, num_samples - first);
+      if (channel == 0 || num_samples > kSampleBlock) {
+        block.raw.read(locations + 2 * first, weights + first, 0, count);
+        block.samples.locate(block.raw, table, first, count, cell_size);
+      }
+      gather<num_vectors, T>(source, table, block.samples, first, count, channel, sums);
+    }
+    for (int v = 0; v < num_vectors; ++v) {
+      const int64_t begin = channel + v * kLanes<A>;
+      if (begin + kLanes<A> <= head_size) {
+        store(output + begin, sums[v]);
+      } else if (begin < head_size) {
+        store_first(output + begin, sums[v], head_size - begin);
+      }
+    }
+  }
+}
+
+// Widest run of vectors that divides the head: 4, 2 or 1.
+template <typename Run>
+void with_num_vectors(int64_t total, const Run& run) {
+  if (total % 4 == 0) {
+    run(std::integral_constant<int, 4>{});
+  } else if (total % 2 == 0) {
+    run(std::integral_constant<int, 2>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+}
+
+// One entry per (level, point), in cells of bordered maps or in tokens.
+template <typename A>
+LevelTable<A> table_of_all_levels(const Inputs& inputs, bool in_place) {
+  LevelTable<A> table(inputs.num_levels * inputs.num_points);
+  int64_t sample = 0;
+  int64_t map_start = 0;
+  for (const Level& level : inputs.levels) {
+    for (int64_t point = 0; point < inputs.num_points; ++point, ++sample) {
+      table.width[sample] = static_cast<A>(level.width);
+      table.height[sample] = static_cast<A>(level.height);
+      table.row_length[sample] = in_place ? level.width : level.width + 1;
+      table.start[sample] = in_place ? level.start : map_start;
+    }
+    map_start += bordered_cells(level);
+  }
+  return table;
+}
+
+template <typename T, typename R>
+void forward_in_place(const Problem<T, R>& problem, T* output) {
+  using A = Sum<T>;
+  const Inputs& in = problem.inputs;
+  const auto table = table_of_all_levels<A>(in, /*in_place=*/true);
+  const std::vector<T> zeros(in.head_size, T(0));
+  const int64_t num_rows = in.batch * in.num_queries * in.num_heads;
+  with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
+    for_each_unit((num_rows + kQueryBlock - 1) / kQueryBlock, [&](int64_t unit, int64_t) {
+      Block<T, R> block;
+      const int64_t end = std::min((unit + 1) * kQueryBlock, num_rows);
+      for (int64_t row = unit * kQueryBlock; row < end; ++row) {
+        const int64_t head = row % in.num_heads;
+        const int64_t query = row / in.num_heads % in.num_queries;
+        const int64_t batch = row / in.num_heads / in.num_queries;
+        const DirectSource<T> source{problem.tokens(batch, head), problem.value_stride[1],
+                                     zeros.data()};
+        attend<num_vectors.value>(source, table, block,
+                                  problem.locations_of(batch, query, head),
+                                  problem.weights_of(batch, query, head), in.head_size,
+                                  problem.padded_head_size, output + row * in.head_size);
+      }
+    });
+  });
+}
+
+template <typename T, typename R>
+void forward_packed(const Problem<T, R>& problem, T* output) {
+  using A = Sum<T>;
+  const Inputs& in = problem.inputs;
+  const auto table = table_of_all_levels<A>(in, /*in_place=*/false);
+  std::vector<int64_t> first_cell;
+  int64_t cells = 0;
+  for (const Level& level : in.levels) {
+    first_cell.push_back(cells);
+    cells += bordered_cells(level);
+  }
+  const int64_t map_size = cells * problem.padded_head_size;
+  const int64_t num_slices = in.batch * in.num_heads;
+  // As many (batch, head) at a time as there are threads: enough to keep them busy, and the maps
+  // need a fraction of the memory of `value`.
+  const int64_t group_size = num_workers(num_slices);
+  const Scratch scratch = allocate(group_size * map_size * sizeof(T));
+  T* maps = reinterpret_cast<T*>(scratch.get());
+  const int64_t num_blocks = (in.num_queries + kQueryBlock - 1) / kQueryBlock;
+
+  for (int64_t group = 0; group < num_slices; group += group_size) {
+    const int64_t size = std::min(group_size, num_slices - group);
+    for_each_unit(size * in.num_levels, [&](int64_t unit, int64_t) {
+      const int64_t member = unit % size, level = unit / size;
+      pack_level(in.levels[level],
+                 problem.tokens((group + member) / in.num_heads, (group + member) % in.num_heads),
+                 problem.value_stride[1], in.head_size, problem.padded_head_size,
+                 maps + member * map_size + first_cell[level] * problem.padded_head_size);
+    });
+    with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
+      for_each_unit(size * num_blocks, [&](int64_t unit, int64_t) {
+        Block<T, R> block;
+        const int64_t member = unit / num_blocks;
+        const int64_t batch = (group + member) / in.num_heads;
+        const int64_t head = (group + member) % in.num_heads;
+        const PackedSource<T> source{maps + member * map_size, problem.padded_head_size};
+        const int64_t begin = unit % num_blocks * kQueryBlock;
+        const int64_t end = std::min(begin + kQueryBlock, in.num_queries);
+        for (int64_t query = begin; query < end; ++query) {
+          attend<num_vectors.value>(
+              source, table, block, problem.locations_of(batch, query, head),
+              problem.weights_of(batch, query, head), in.head_size, problem.padded_head_size,
+              output + ((batch * in.num_queries + query) * in.num_heads + head) * in.head_size);
+        }
+      });
+    });
+  }
+}
+
+template <typename T, typename R>
+void forward_of_type(const Inputs& inputs, Tensor& output) {
+  const Problem<T, R> problem(inputs);
+  T* target = output.mutable_data_ptr<T>();
+  const int64_t samples_per_slice = inputs.num_queries * inputs.num_levels * inputs.num_points;
+  const bool has_whole_vectors = inputs.head_size == problem.padded_head_size;
+  if (has_whole_vectors && samples_per_slice < kSamplesPerPackedToken * inputs.num_tokens) {
+    forward_in_place(problem, target);
+  } else {
+    forward_packed(problem, target);
+  }
+}
+
+// ---- backward --------------------------------------------------------------------------------
+
+// Adds one query's samples of one level to the value gradient, and stores the products of the
+// output gradient with the four corners of each sample in `dots`.
+template <int num_vectors, typename T>
+inline void scatter(const T* value_map, Sum<T>* grad_map, int64_t cell_size, int64_t row_length,
+                    const Samples<Sum<T>>& samples, int64_t first, int64_t count,
+                    const Vector<Sum<T>>* grad_output, int64_t channel, Four<Sum<T>>* dots) {
+  using A = Sum<T>;
+  const int64_t corner_offset[4] = {0, cell_size, row_length * cell_size,
+                                    (row_length + 1) * cell_size};
+  for (int64_t i = first; i < first + count; ++i) {
+    Vector<A> products[4] = {};
+    const int64_t element = samples.element[i] + channel;
+    for (int corner = 0; corner < 4; ++corner) {
+      const T* value = value_map + element + corner_offset[corner];
+      A* grad_value = grad_map + element + corner_offset[corner];
+      const Vector<A> weight = broadcast(samples.corner_weight[corner][i]);
+      for (int v = 0; v < num_vectors; ++v) {
+        products[corner] += grad_output[v] * load(value + v * kLanes<A>);
+        store(grad_value + v * kLanes<A>,
+              load(grad_value + v * kLanes<A>) + weight * grad_output[v]);
+      }
+    }
+    const Four<A> sums = sum4<A>(products[0], products[1], products[2], products[3]);
+    dots[i] = channel == 0 ? sums : dots[i] + sums;
+  }
+}
+
+// Gradients of the weights and locations of a block, from the corner products.
+template <typename A>
+inline void finish_samples(const Samples<A>& samples, const Four<A>* dots, int64_t count, A width,
+                           A height, A* grad_locations, A* grad_weights) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A fx = samples.fraction_x[i], fy = samples.fraction_y[i], w = samples.weight[i];
+    const Four<A> dot = dots[i];
+    const A top = dot[0] + fx * (dot[1] - dot[0]);
+    const A bottom = dot[2] + fx * (dot[3] - dot[2]);
+    const A along_x = (dot[1] - dot[0]) * (1 - fy) + (dot[3] - dot[2]) * fy;
+    const bool is_inside = samples.inside[i] != 0;
+    // Selected, not multiplied by zero: an infinite output gradient must not reach these.
+    grad_weights[i] = is_inside ? top + fy * (bottom - top) : A(0);
+    grad_locations[2 * i] = is_inside ? width * w * along_x : A(0);
+    grad_locations[2 * i + 1] = is_inside ? height * w * (bottom - top) : A(0);
+  }
+}
+
+template <typename T, typename R>
+struct Gradients {
+  const T* output; // (B, Q, M * D)
+  int64_t output_stride[2];
+  T* value;
+  R* locations;
+  R* weights;
+};
+
+template <typename T>
+void write_grad_value(const Level& level, const Sum<T>* grad_map, int64_t head_size,
+                      int64_t cell_size, int64_t token_stride, T* grad_tokens) {
+  using A = Sum<T>;
+  for_each_row(level, [&](int64_t token, int64_t cell) {
+    const A* source = grad_map + cell * cell_size;
+    T* target = grad_tokens + (level.start + token) * token_stride;
+    for (int64_t column = 0; column < level.width; ++column) {
+      int64_t channel = 0;
+      for (; channel + kLanes<A> <= head_size; channel += kLanes<A>) {
+        store(target + channel, load(source + channel));
+      }
+      if (channel < head_size) {
+        store_first(target + channel, load(source + channel), head_size - channel);
+      }
+      source += cell_size;
+      target += token_stride;
+    }
+  });
+}
+
+// Results for a block of samples, before and after rounding to R.
+template <typename A, typename R>
+struct SampleGradients {
+  alignas(64) A location[2 * kSampleBlock];
+  alignas(64) A weight[kSampleBlock];
+  alignas(64) R rounded_location[2 * kSampleBlock];
+  alignas(64) R rounded_weight[kSampleBlock];
+};
+
+// All queries of one unit: one level of one (batch, head).
+template <int num_vectors, typename T, typename R>
+void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads, int64_t batch,
+                   int64_t head, int64_t level_index, const T* value_map, Sum<T>* grad_map) {
+  using A = Sum<T>;
+  const Inputs& in = problem.inputs;
+  const Level& level = in.levels[level_index];
+  const int64_t row_length = level.width + 1;
+  LevelTable<A> table(kSampleBlock);
+  std::fill(table.width.begin(), table.width.end(), static_cast<A>(level.width));
+  std::fill(table.height.begin(), table.height.end(), static_cast<A>(level.height));
+  std::fill(table.row_length.begin(), table.row_length.end(), row_length);
+  Block<T, R> block;
+  SampleGradients<A, R> results;
+  alignas(64) Four<A> dots[kSampleBlock];
+
+  // A block is several queries with all their points, or some points of one query.
+  const int64_t block_points = std::min(in.num_points, kSampleBlock);
+  const int64_t block_queries = std::max<int64_t>(1, kSampleBlock / in.num_points);
+  for (int64_t first_query = 0; first_query < in.num_queries; first_query += block_queries) {
+    for (int64_t first_point = 0; first_point < in.num_points; first_point += block_points) {
+      const int64_t queries = std::min(block_queries, in.num_queries - first_query);
+      const int64_t points = std::min(block_points, in.num_points - first_point);
+      const int64_t offset = level_index * in.num_points + first_point;
+      const int64_t count = queries * points;
+      for (int64_t i = 0; i < queries; ++i) {
+        block.raw.read(problem.locations_of(batch, first_query + i, head) + 2 * offset,
+                       problem.weights_of(batch, first_query + i, head) + offset, i * points,
+                       points);
+      }
+      block.samples.locate(block.raw, table, 0, count, problem.padded_head_size);
+      for (int64_t i = 0; i < queries; ++i) {
+        const T* grad_output = grads.output + batch * grads.output_stride[0] +
+            (first_query + i) * grads.output_stride[1] + head * in.head_size;
+        for (int64_t channel = 0; channel < in.head_size; channel += num_vectors * kLanes<A>) {
+          Vector<A> grad[num_vectors];
+          for (int v = 0; v < num_vectors; ++v) {
+            const int64_t begin = channel + v * kLanes<A>;
+            grad[v] = begin + kLanes<A> <= in.head_size
+                ? load(grad_output + begin)
+                : load_first(grad_output + begin, std::max<int64_t>(0, in.head_size - begin));
+          }
+          scatter<num_vectors>(value_map, grad_map, problem.padded_head_size, row_length,
+                               block.samples, i * points, points, grad, channel, dots);
+        }
+      }
+      finish_samples(block.samples, dots, count, static_cast<A>(level.width),
+                     static_cast<A>(level.height), results.location, results.weight);
+      narrow(results.location, results.rounded_location, 2 * count);
+      narrow(results.weight, results.rounded_weight, count);
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t row = (batch * in.num_queries + first_query + i) * in.num_heads + head;
+        const int64_t target = row * in.num_levels * in.num_points + offset;
+        copy_bytes(grads.locations + 2 * target, results.rounded_location + 2 * i * points,
+                   2 * points * sizeof(R));
+        copy_bytes(grads.weights + target, results.rounded_weight + i * points,
+                   points * sizeof(R));
+      }
+    }
+  }
+}
+
+template <typename T, typename R>
+void backward_of_type(const Inputs& in, const Tensor& grad_output, Tensor& grad_value,
+                      Tensor& grad_locations, Tensor& grad_weights) {
+  using A = Sum<T>;
+  const Problem<T, R> problem(in);
+  const Gradients<T, R> grads{grad_output.const_data_ptr<T>(),
+                              {grad_output.stride(0), grad_output.stride(1)},
+                              grad_value.mutable_data_ptr<T>(),
+                              grad_locations.mutable_data_ptr<R>(),
+                              grad_weights.mutable_data_ptr<R>()};
+  int64_t max_cells = 0;
+  for (const Level& level : in.levels) {
+    max_cells = std::max(max_cells, bordered_cells(level));
+  }
+  const int64_t map_size = round_up(max_cells * problem.padded_head_size, kVectorBytes);
+  const int64_t scratch_bytes = map_size * (sizeof(T) + sizeof(A));
+  const int64_t num_units = in.batch * in.num_levels * in.num_heads;
+  const Scratch scratch = allocate(num_workers(num_units) * scratch_bytes);
+
+  // Neighbouring units are heads of one level: equal work for threads that run side by side, and
+  // no two of them write to one cache line of the gradients.
+  for_each_unit(num_units, [&](int64_t unit, int64_t worker) {
+    const int64_t head = unit % in.num_heads;
+    const int64_t level_index = unit / in.num_heads % in.num_levels;
+    const int64_t batch = unit / in.num_heads / in.num_levels;
+    const Level& level = in.levels[level_index];
+    A* grad_map = reinterpret_cast<A*>(scratch.get() + worker * scratch_bytes);
+    T* value_map = reinterpret_cast<T*>(grad_map + map_size);
+    pack_level(level, problem.tokens(batch, head), problem.value_stride[1], in.head_size,
+               problem.padded_head_size, value_map);
+    std::memset(grad_map, 0, bordered_cells(level) * problem.padded_head_size * sizeof(A));
+    with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
+      backward_unit<num_vectors.value>(problem, grads, batch, head, level_index, value_map,
+                                       grad_map);
+    });
+    write_grad_value(level, grad_map, in.head_size, problem.padded_head_size,
+                     in.num_heads * in.head_size,
+                     grads.value + (batch * in.num_tokens * in.num_heads + head) * in.head_size);
+  });
+}
+
+// ---- operators -------------------------------------------------------------------------------
+
+// Calls run(T{}, R{}) with the types of `value` and of the sampling tensors.
+template <typename Run>
+void with_types(const Inputs& inputs, const Run& run) {
+  const bool float_sampling = inputs.sampling_locations.scalar_type() == ScalarType::Float;
+  switch (inputs.value.scalar_type()) {
+    case ScalarType::Double: return run(double{}, double{});
+    case ScalarType::Float: return run(float{}, float{});
+    case ScalarType::BFloat16:
+      return float_sampling ? run(BFloat16{}, float{}) : run(BFloat16{}, BFloat16{});
+    case ScalarType::Half: return float_sampling ? run(Half{}, float{}) : run(Half{}, Half{});
+    default: STD_TORCH_CHECK(false, "unreachable: check_inputs lists the dtypes");
+  }
+}
+
+Tensor forward(Tensor value, std::vector<int64_t> spatial_shapes, Tensor sampling_locations,
+               Tensor attention_weights) {
+  const Inputs inputs = check_inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  const std::vector<int64_t> shape = {inputs.batch, inputs.num_queries,
+                                      inputs.num_heads * inputs.head_size};
+  if (inputs.attention_weights.numel() == 0) {
+    return torch::stable::new_zeros(value, shape);
+  }
+  Tensor output = torch::stable::new_empty(value, shape);
+  if (output.numel() != 0) {
+    with_types(inputs, [&](auto t, auto r) {
+      forward_of_type<decltype(t), decltype(r)>(inputs, output);
+    });
+  }
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor value,
+                                            std::vector<int64_t> spatial_shapes,
+                                            Tensor sampling_locations, Tensor attention_weights) {
+  const Inputs inputs = check_inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  const Tensor grad = check_grad_output(grad_output, inputs);
+  const auto like = [](const Tensor& tensor, bool zeros) {
+    const auto sizes = tensor.sizes();
+    const std::vector<int64_t> shape(sizes.begin(), sizes.end());
+    return zeros ? torch::stable::new_zeros(tensor, shape)
+                 : torch::stable::new_empty(tensor, shape);
+  };
+  const bool is_empty = grad.numel() == 0 || inputs.attention_weights.numel() == 0;
+  Tensor grad_value = like(value, is_empty);
+  Tensor grad_locations = like(sampling_locations, is_empty);
+  Tensor grad_weights = like(attention_weights, is_empty);
+  if (!is_empty) {
+    with_types(inputs, [&](auto t, auto r) {
+      backward_of_type<decltype(t), decltype(r)>(inputs, grad, grad_value, grad_locations,
+                                                 grad_weights);
+    });
+  }
+  return {grad_value, grad_locations, grad_weights};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hf_querydet, CPU, library) {
+  library.impl("ms_deform_attn", TORCH_BOX(&forward));
+  library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
+}
+
+} // namespace hf_querydet::cpu

@@ -1,0 +1,446 @@
+"""Find, build and load the kernels in `csrc/`, once per process and device type.
+
+Nothing happens at import. `load("cpu")` or `load("cuda")` takes, in this order, a library built
+with the package (`HF_QUERYDET_BUILD_EXT=1 pip install --no-build-isolation .`), a library from the
+cache, or a new build by torch's JIT compiler. A library's name carries a hash of sources, flags,
+torch version and instruction set; a cached one also that of the compiler. So a home directory that
+unlike machines share never yields a foreign binary.
+
+Builds run in a directory of their own and are moved into place when they are complete: a build
+that was killed leaves nothing that could be loaded, and of several processes one builds while the
+others wait.
+
+Environment:
+    HF_QUERYDET_KERNELS: `auto` (default: fall back to plain PyTorch, with one log line), `require`
+        (raise, with the compiler's output) or `off`.
+    HF_QUERYDET_CACHE: Directory of the builds; by default `hf_querydet` in `XDG_CACHE_HOME` or
+        `~/.cache`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+MODES = ("auto", "require", "off")
+SOURCES = {
+    "cpu": ("ms_deform_attn.cpp", "cpu/ms_deform_attn_cpu.cpp"),
+    "cuda": ("ms_deform_attn.cpp", "cuda/ms_deform_attn_cuda.cu"),
+}
+# Kernels use the stable ABI of the oldest torch that we support, 2.11.
+COMMON_FLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+# For ms_deform_attn.cpp where it is linked with CUDA kernels.
+CUDA_HOST_FLAGS = (*COMMON_FLAGS, "-DUSE_CUDA", "-fvisibility=hidden")
+LIBRARY_PREFIX = "_ms_deform_attn"
+
+
+@dataclasses.dataclass
+class KernelState:
+    """What became of the kernels of one device type in this process.
+
+    Args:
+        status: `untried`, `off`, `loaded` or `failed`.
+        library: The file that was loaded.
+        reason: Why it failed, with the compiler's output.
+        seconds: Time that loading took, a build included.
+    """
+
+    status: str = "untried"
+    library: Path | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+_states = {device_type: KernelState() for device_type in SOURCES}
+_lock = threading.RLock()
+
+
+def kernel_mode() -> str:
+    """The value of HF_QUERYDET_KERNELS.
+
+    Raises:
+        ValueError: If it is none of `auto`, `require` and `off`.
+    """
+    mode = os.environ.get("HF_QUERYDET_KERNELS", "auto")
+    if mode not in MODES:
+        raise ValueError(
+            f"HF_QUERYDET_KERNELS is {mode!r} but must be one of {', '.join(MODES)}; unset it for "
+            "auto."
+        )
+    return mode
+
+
+def load(device_type: str) -> bool:
+    """Make the kernels of a device type available; build them if need be.
+
+    Args:
+        device_type: As in `torch.device.type`. Other types than `cpu` and `cuda` have no kernels.
+
+    Returns:
+        Whether `torch.ops.hf_querydet.ms_deform_attn` has a kernel for the device. The answer is
+        remembered, failure included.
+
+    Raises:
+        RuntimeError: If there is none and HF_QUERYDET_KERNELS is `require`.
+        ValueError: If HF_QUERYDET_KERNELS has an unknown value.
+    """
+    mode = kernel_mode()
+    if mode == "off" or device_type not in SOURCES:
+        return False
+    state = _states[device_type]
+    if state.status == "untried":
+        with _lock:
+            if state.status == "untried":
+                _try_to_load(device_type, state, quiet=mode == "require")
+    if state.status == "failed" and mode == "require":
+        raise RuntimeError(
+            f"HF_QUERYDET_KERNELS=require, but the kernels for {device_type} cannot be loaded: "
+            f"{state.reason}"
+        )
+    return state.status == "loaded"
+
+
+def state_of(device_type: str) -> KernelState:
+    """What became of the kernels of `cpu` or `cuda` in this process, so far."""
+    if kernel_mode() == "off":
+        return KernelState("off", reason="HF_QUERYDET_KERNELS=off")
+    return _states[device_type]
+
+
+def cache_root() -> Path:
+    """Directory that holds one directory per build."""
+    if "HF_QUERYDET_CACHE" in os.environ:
+        return Path(os.environ["HF_QUERYDET_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_querydet"
+
+
+def clean() -> list[Path]:
+    """Delete all builds in the cache.
+
+    Returns:
+        The directories that were deleted. Libraries that a process has loaded go on working there.
+    """
+    if not cache_root().is_dir():
+        return []
+    builds = [path for path in sorted(cache_root().glob("kernels-*")) if path.is_dir()]
+    for build in builds:
+        shutil.rmtree(build)
+    return builds
+
+
+def describe(device_type: str) -> dict[str, str]:
+    """What is known about the kernels of a device type, without building them.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        Short texts under `status`, `library`, `flags`, `directory` and, where something is wrong,
+        `reason`.
+    """
+    state = state_of(device_type)
+    facts = {"status": state.status, "flags": " ".join(compiler_flags(device_type))}
+    if state.reason:
+        facts["reason"] = state.reason
+    try:
+        directory = build_directory(device_type)
+    # The same failures as in a build: no sources, no compiler, a compiler that does not run.
+    except (OSError, subprocess.SubprocessError) as error:
+        facts.setdefault("reason", str(error))
+        directory = None
+    library = state.library or _packaged_library(device_type)
+    if directory is not None:
+        facts["directory"] = str(directory)
+        library = library or directory / _library_file(device_type)
+        log = directory / "build.log"
+        if not library.is_file() and log.is_file():
+            facts.setdefault("reason", f"the last build failed:\n{log.read_text()}")
+    facts["library"] = str(library) if library is not None and library.is_file() else "not built"
+    return facts
+
+
+# ---- what a build depends on ---------------------------------------------------------------------
+
+
+def source_directory() -> Path:
+    """`csrc/`, in the installed package or beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: If neither exists.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for directory in (package / "_csrc", package.parent / "csrc"):
+        if (directory / "ms_deform_attn.h").is_file():
+            return directory
+    raise FileNotFoundError(
+        f"the kernel sources are neither in {package / '_csrc'} nor in {package.parent / 'csrc'}; "
+        "install hf_querydet again"
+    )
+
+
+def instruction_set() -> str:
+    """The CPU's features, by the system's names; code built for one set may fail on another."""
+    names = {"x86_64": "flags", "aarch64": "Features"}
+    name = names.get(platform.machine())
+    cpuinfo = Path("/proc/cpuinfo")
+    if name is not None and cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(name):
+                return f"{platform.machine()} {line.partition(':')[2].strip()}"
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def gpu_architectures() -> tuple[str, ...]:
+    """Architectures to compile for, `90` for sm_90: TORCH_CUDA_ARCH_LIST, or the GPUs here."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    numbers = [item.removesuffix("+PTX").replace(".", "") for item in listed]
+    if not numbers and torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        numbers = ["{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices]
+    return tuple(sorted(set(numbers)))
+
+
+def compiler_flags(device_type: str) -> list[str]:
+    """Flags of the C++ compiler, or of nvcc for `cuda`."""
+    if device_type == "cuda":
+        code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in gpu_architectures()]
+        # USE_CUDA lets torch's stable headers declare the CUDA functions.
+        return [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *code]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    # 512: compilers prefer half the width, which costs more here than the lower clock gains.
+    native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
+    # The coordinate loop is vectorised only if comparisons may be taken out of order.
+    return [*COMMON_FLAGS, *native, "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+
+
+def _compiler_version(device_type: str) -> str:
+    """First words of the compiler about itself; raises if it is missing or does not run."""
+    compiler = os.environ.get("CXX", "c++")
+    path = shutil.which(compiler)
+    if path is None:
+        raise FileNotFoundError(
+            f"no C++ compiler: {compiler} is not on the PATH; install g++ or clang, or set CXX"
+        )
+    versions = [subprocess.run([path, "--version"], capture_output=True, text=True, check=True)]
+    if device_type == "cuda":
+        nvcc = _nvcc()
+        if nvcc is None:
+            raise FileNotFoundError(
+                "no CUDA compiler: nvcc is neither in CUDA_HOME nor on the PATH; install the CUDA "
+                "toolkit, or set CUDA_HOME"
+            )
+        versions.append(
+            subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+        )
+    return "\n".join(version.stdout for version in versions)
+
+
+def _nvcc() -> str | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if variable in os.environ:
+            return shutil.which("nvcc", path=str(Path(os.environ[variable]) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def build_key(device_type: str, *, compiler: str = "") -> str:
+    """Hash of all that a library depends on, 16 hexadecimal digits.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+        compiler: What the compiler says about itself. A library that was built together with the
+            package leaves it out: the machine that runs it need not have a compiler.
+    """
+    digest = hashlib.sha256()
+    directory = source_directory()
+    for path in sorted(directory.rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            digest.update(path.relative_to(directory).as_posix().encode())
+            digest.update(path.read_bytes())
+    # A GPU library's architectures are in its flags; its host part is built without -march.
+    machine = instruction_set() if device_type == "cpu" else platform.machine()
+    for text in (*compiler_flags(device_type), torch.__version__, compiler, machine):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def packaged_library_name(device_type: str) -> str:
+    """File name, without suffix, of a library that is built together with the package."""
+    return f"{LIBRARY_PREFIX}_{device_type}_{build_key(device_type)}"
+
+
+def _library_file(device_type: str) -> str:
+    return f"{LIBRARY_PREFIX}_{device_type}.so"
+
+
+def build_directory(device_type: str) -> Path:
+    """Directory of the cache for the kernels of this machine.
+
+    Raises:
+        FileNotFoundError: If there is no compiler or there are no sources.
+    """
+    key = build_key(device_type, compiler=_compiler_version(device_type))
+    return cache_root() / f"kernels-{device_type}-{key}"
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def _try_to_load(device_type: str, state: KernelState, *, quiet: bool) -> None:
+    start = time.perf_counter()
+    try:
+        state.library = _packaged_library(device_type)
+        if state.library is None:
+            state.library = _cached_library(device_type)
+        torch.ops.load_library(state.library)
+        state.status = "loaded"
+    # Whatever goes wrong (compiler, linker, disk, permissions), plain PyTorch still works.
+    except Exception as error:
+        state.reason = str(error) or type(error).__name__
+        state.status = "failed"
+        if not quiet:
+            logger.warning(
+                "No compiled deformable attention on %s (%s). The slower PyTorch version is used; "
+                "`hf-querydet kernels` tells more.",
+                device_type,
+                state.reason.splitlines()[0],
+            )
+    state.seconds = time.perf_counter() - start
+
+
+def _packaged_library(device_type: str) -> Path | None:
+    package = Path(__file__).resolve().parents[1]
+    built = sorted(package.glob(f"{LIBRARY_PREFIX}_{device_type}_*"))
+    name = packaged_library_name(device_type)
+    for path in built:
+        if path.name.split(".")[0] == name:
+            return path
+    if built:
+        logger.warning(
+            "The packaged kernels for %s were built for another machine or torch version and are "
+            "left aside: %s.",
+            device_type,
+            built[0],
+        )
+    return None
+
+
+def _cached_library(device_type: str) -> Path:
+    directory = build_directory(device_type)
+    library = directory / _library_file(device_type)
+    # Without the lock first: a complete library is never changed, and the cache may be read-only.
+    if library.is_file():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    with _build_lock(directory / "lock"):
+        if not library.is_file():
+            _build(device_type, directory, library)
+    return library
+
+
+@contextlib.contextmanager
+def _build_lock(path: Path) -> Iterator[None]:
+    """Let one process in; the system frees the lock when a process ends, in whatever way."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two builds at once are wasteful, but each has its own files
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("Another process builds the deformable attention; waiting for it.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # Some network file systems know no locks. Unlocked builds are still correct.
+            logger.debug("No lock in %s", path)
+        yield
+
+
+def _build(device_type: str, directory: Path, library: Path) -> None:
+    log = directory / "build.log"
+    for left_over in directory.glob("build-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    logger.warning(
+        "Compiling the deformable attention for %s, once for this machine; log: %s",
+        device_type,
+        log,
+    )
+    workspace = Path(tempfile.mkdtemp(prefix="build-", dir=directory))
+    try:
+        built, report = _compile(device_type, workspace)
+        log.write_text(report)
+        os.replace(built, library)
+    except Exception as error:
+        log.write_text(str(error))
+        raise
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _compile(device_type: str, workspace: Path) -> tuple[Path, str]:
+    """Compile in `workspace`; return the library and a report for the log."""
+    # torch reports a missing GPU when this is imported; who builds for the CPU need not know.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils import cpp_extension
+
+    flags = compiler_flags(device_type)
+    start = time.perf_counter()
+    with _ninja_on_path():
+        cpp_extension.load(
+            name=f"{LIBRARY_PREFIX}_{device_type}",
+            sources=[str(source_directory() / source) for source in SOURCES[device_type]],
+            extra_cflags=flags if device_type == "cpu" else list(CUDA_HOST_FLAGS),
+            extra_cuda_cflags=flags if device_type == "cuda" else None,
+            extra_ldflags=_cudart_flags(workspace) if device_type == "cuda" else None,
+            build_directory=str(workspace),
+            with_cuda=device_type == "cuda",
+            is_python_module=False,
+        )
+    seconds = time.perf_counter() - start
+    commands = (workspace / "build.ninja").read_text()
+    (built,) = workspace.glob(f"{LIBRARY_PREFIX}*.so")
+    return built, f"Built in {seconds:.1f} s with torch {torch.__version__}.\n\n{commands}"
+
+
+def _cudart_flags(workspace: Path) -> list[str]:
+    """Let the linker find the CUDA runtime that torch has loaded.
+
+    torch links with -lcudart, but a toolkit from pip or conda may bring no file of that name.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return []
+    loaded = [line.split()[-1] for line in maps.read_text().splitlines() if "libcudart.so" in line]
+    if not loaded:
+        return []
+    (workspace / "libcudart.so").symlink_to(loaded[0])
+    return [f"-L{workspace}"]
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch find the ninja of this environment, which need not be activated."""
+    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
+        raise FileNotFoundError("no ninja; pip install ninja")
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts")])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

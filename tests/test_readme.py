@@ -1,0 +1,41 @@
+"""The README's Python blocks run as they stand."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from scene_files import write_split
+from tiny import tiny_config
+
+import hf_querydet
+from hf_querydet import VARIANTS
+from hf_querydet.demo import SHAPES
+
+README = Path(hf_querydet.__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def in_prepared_directory(tmp_path, monkeypatch):
+    """A model where the README has one, a dataset, and no Hub."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(VARIANTS, "detr", id2label=dict(enumerate(SHAPES)), num_labels=4)
+    VARIANTS["detr"].detector(config).save_pretrained("demo")
+    size = {"shortest_edge": 160, "longest_edge": 160}
+    VARIANTS["detr"].image_processor(size=size).save_pretrained("demo")
+    write_split(Path("my_pictures/train"), 4, seed=0)
+    write_split(Path("my_pictures/validation"), 2, seed=1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+# Said by torch to everybody who trains without a GPU and leaves Trainer's defaults alone.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+def test_python_blocks_run_in_order(in_prepared_directory):
+    names = {}
+    for block in BLOCKS:
+        # The one Hub id stands for a repository that the tests cannot reach.
+        exec(block.replace("facebook/detr-resnet-50", "demo"), names)
+    assert len(BLOCKS) >= 4
+    assert len(names["results"]) == 2
+    assert os.path.isdir("outputs/trainer")
