@@ -182,11 +182,13 @@ def read_bandwidth(num_bytes: int, device: str) -> float:
 
 
 def traffic(shape: str, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of a forward call: corners read through the caches, and arrays touched once."""
+    """Bytes of a forward call: corners read through the caches, and what is touched at all."""
     samples = SHAPES[shape] * NUM_HEADS * len(LEVELS) * NUM_POINTS
     size = torch.empty(0, dtype=dtype).element_size()
-    arrays = (NUM_TOKENS + SHAPES[shape]) * NUM_HEADS * HEAD_SIZE + 3 * samples
-    return {"corners": samples * CORNERS * HEAD_SIZE * size, "arrays": arrays * size}
+    corners = samples * CORNERS * HEAD_SIZE
+    value = min(corners, NUM_TOKENS * NUM_HEADS * HEAD_SIZE)
+    arrays = value + SHAPES[shape] * NUM_HEADS * HEAD_SIZE + 3 * samples
+    return {"corners": corners * size, "arrays": arrays * size}
 
 
 def measure_case(

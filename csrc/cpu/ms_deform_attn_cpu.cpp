@@ -11,7 +11,7 @@
 // Backward. A unit is one level of one (batch, head). One thread owns a unit from beginning to
 // end: it adds the value gradient of that level in its own map, and writes the gradients of the
 // locations and weights that point into that level. So there are no atomics, and the result does
-// not depend on the number of threads.
+// not depend on the number of threads. Few samples in float or double are added in place instead.
 
 #include <algorithm>
 #include <atomic>
@@ -287,6 +287,28 @@ struct PackedSource {
   }
 };
 
+constexpr int64_t kNoToken = -1;
+
+// The tokens at the four corners of a sample, kNoToken outside the level.
+struct CornerTokens {
+  int64_t at[4];
+};
+
+template <typename A>
+inline CornerTokens corner_tokens(const LevelTable<A>& table, const Samples<A>& samples,
+                                  int64_t first, int64_t i) {
+  const int64_t width = table.row_length[first + i];
+  const int64_t height = static_cast<int64_t>(table.height[first + i]);
+  const int64_t column = samples.column[i];
+  const int64_t row = samples.row[i];
+  const bool left = column >= 0, right = column + 1 < width;
+  const bool top = row >= 0 && row < height, bottom = row + 1 < height;
+  const int64_t token = table.start[first + i] + row * width + column;
+  return {{top & left ? token : kNoToken, top & right ? token + 1 : kNoToken,
+           bottom & left ? token + width : kNoToken,
+           bottom & right ? token + width + 1 : kNoToken}};
+}
+
 // Reads the tokens of one (batch, head) in place; corners outside the level read `zeros`.
 template <typename T>
 struct DirectSource {
@@ -296,18 +318,13 @@ struct DirectSource {
 
   Corners<T> corners(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
                      int64_t first, int64_t i) const {
-    const int64_t width = table.row_length[first + i];
-    const int64_t height = static_cast<int64_t>(table.height[first + i]);
-    const int64_t column = samples.column[i];
-    const int64_t row = samples.row[i];
-    const bool left = column >= 0, right = column + 1 < width;
-    const bool top = row >= 0 && row < height, bottom = row + 1 < height;
-    const int64_t token = table.start[first + i] + row * width + column;
-    const auto read = [&](bool is_inside, int64_t offset) {
-      return is_inside ? tokens + (token + offset) * token_stride : zeros;
-    };
-    return {{read(top & left, 0), read(top & right, 1), read(bottom & left, width),
-             read(bottom & right, width + 1)}};
+    const CornerTokens places = corner_tokens(table, samples, first, i);
+    Corners<T> corners;
+    for (int corner = 0; corner < 4; ++corner) {
+      const int64_t token = places.at[corner];
+      corners.at[corner] = token == kNoToken ? zeros : tokens + token * token_stride;
+    }
+    return corners;
   }
 };
 
@@ -479,13 +496,21 @@ void forward_packed(const Problem<T, R>& problem, T* output) {
   }
 }
 
+// Whether there are too few samples to repay copying the tokens. A head that does not fill its
+// last vector is always copied: only in a map may that vector be read whole.
+template <typename T, typename R>
+bool reads_in_place(const Problem<T, R>& problem) {
+  const Inputs& in = problem.inputs;
+  const int64_t samples_per_slice = in.num_queries * in.num_levels * in.num_points;
+  return in.head_size == problem.padded_head_size &&
+      samples_per_slice < kSamplesPerPackedToken * in.num_tokens;
+}
+
 template <typename T, typename R>
 void forward_of_type(const Inputs& inputs, Tensor& output) {
   const Problem<T, R> problem(inputs);
   T* target = output.mutable_data_ptr<T>();
-  const int64_t samples_per_slice = inputs.num_queries * inputs.num_levels * inputs.num_points;
-  const bool has_whole_vectors = inputs.head_size == problem.padded_head_size;
-  if (has_whole_vectors && samples_per_slice < kSamplesPerPackedToken * inputs.num_tokens) {
+  if (reads_in_place(problem)) {
     forward_in_place(problem, target);
   } else {
     forward_packed(problem, target);
@@ -494,21 +519,72 @@ void forward_of_type(const Inputs& inputs, Tensor& output) {
 
 // ---- backward --------------------------------------------------------------------------------
 
+// Where a sample's corners are read and where their gradients are added.
+template <typename T>
+struct Places {
+  const T* value[4];
+  Sum<T>* grad[4];
+};
+
+// Bordered maps of one level.
+template <typename T>
+struct PackedTarget {
+  static constexpr bool in_place = false;
+  const T* value_map;
+  Sum<T>* grad_map;
+  int64_t cell_size;
+
+  Places<T> places(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
+                   int64_t i) const {
+    const int64_t top = samples.element[i];
+    const int64_t bottom = top + table.row_length[i] * cell_size;
+    const int64_t element[4] = {top, top + cell_size, bottom, bottom + cell_size};
+    Places<T> places;
+    for (int corner = 0; corner < 4; ++corner) {
+      places.value[corner] = value_map + element[corner];
+      places.grad[corner] = grad_map + element[corner];
+    }
+    return places;
+  }
+};
+
+// The tensors themselves; what a corner outside the level would get goes to `discarded`.
+template <typename T>
+struct DirectTarget {
+  static constexpr bool in_place = true;
+  const T* tokens;
+  int64_t token_stride;
+  const T* zeros;
+  Sum<T>* grad_tokens;
+  int64_t grad_token_stride;
+  Sum<T>* discarded;
+
+  Places<T> places(const LevelTable<Sum<T>>& table, const Samples<Sum<T>>& samples,
+                   int64_t i) const {
+    const CornerTokens corners = corner_tokens(table, samples, 0, i);
+    Places<T> places;
+    for (int corner = 0; corner < 4; ++corner) {
+      const int64_t token = corners.at[corner];
+      places.value[corner] = token == kNoToken ? zeros : tokens + token * token_stride;
+      places.grad[corner] = token == kNoToken ? discarded : grad_tokens + token * grad_token_stride;
+    }
+    return places;
+  }
+};
+
 // Adds one query's samples of one level to the value gradient, and stores the products of the
 // output gradient with the four corners of each sample in `dots`.
-template <int num_vectors, typename T>
-inline void scatter(const T* value_map, Sum<T>* grad_map, int64_t cell_size, int64_t row_length,
+template <int num_vectors, typename T, typename Target>
+inline void scatter(const Target& target, const LevelTable<Sum<T>>& table,
                     const Samples<Sum<T>>& samples, int64_t first, int64_t count,
                     const Vector<Sum<T>>* grad_output, int64_t channel, Four<Sum<T>>* dots) {
   using A = Sum<T>;
-  const int64_t corner_offset[4] = {0, cell_size, row_length * cell_size,
-                                    (row_length + 1) * cell_size};
   for (int64_t i = first; i < first + count; ++i) {
     Vector<A> products[4] = {};
-    const int64_t element = samples.element[i] + channel;
+    const Places<T> places = target.places(table, samples, i);
     for (int corner = 0; corner < 4; ++corner) {
-      const T* value = value_map + element + corner_offset[corner];
-      A* grad_value = grad_map + element + corner_offset[corner];
+      const T* value = places.value[corner] + channel;
+      A* grad_value = places.grad[corner] + channel;
       const Vector<A> weight = broadcast(samples.corner_weight[corner][i]);
       for (int v = 0; v < num_vectors; ++v) {
         products[corner] += grad_output[v] * load(value + v * kLanes<A>);
@@ -579,17 +655,18 @@ struct SampleGradients {
 };
 
 // All queries of one unit: one level of one (batch, head).
-template <int num_vectors, typename T, typename R>
-void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads, int64_t batch,
-                   int64_t head, int64_t level_index, const T* value_map, Sum<T>* grad_map) {
+template <int num_vectors, typename T, typename R, typename Target>
+void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads,
+                   const Target& target, int64_t batch, int64_t head, int64_t level_index) {
   using A = Sum<T>;
   const Inputs& in = problem.inputs;
   const Level& level = in.levels[level_index];
-  const int64_t row_length = level.width + 1;
   LevelTable<A> table(kSampleBlock);
   std::fill(table.width.begin(), table.width.end(), static_cast<A>(level.width));
   std::fill(table.height.begin(), table.height.end(), static_cast<A>(level.height));
-  std::fill(table.row_length.begin(), table.row_length.end(), row_length);
+  std::fill(table.row_length.begin(), table.row_length.end(),
+            Target::in_place ? level.width : level.width + 1);
+  std::fill(table.start.begin(), table.start.end(), Target::in_place ? level.start : 0);
   Block<T, R> block;
   SampleGradients<A, R> results;
   alignas(64) Four<A> dots[kSampleBlock];
@@ -620,8 +697,8 @@ void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads, i
                 ? load(grad_output + begin)
                 : load_first(grad_output + begin, std::max<int64_t>(0, in.head_size - begin));
           }
-          scatter<num_vectors>(value_map, grad_map, problem.padded_head_size, row_length,
-                               block.samples, i * points, points, grad, channel, dots);
+          scatter<num_vectors, T>(target, table, block.samples, i * points, points, grad, channel,
+                                  dots);
         }
       }
       finish_samples(block.samples, dots, count, static_cast<A>(level.width),
@@ -630,26 +707,50 @@ void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads, i
       narrow(results.weight, results.rounded_weight, count);
       for (int64_t i = 0; i < queries; ++i) {
         const int64_t row = (batch * in.num_queries + first_query + i) * in.num_heads + head;
-        const int64_t target = row * in.num_levels * in.num_points + offset;
-        copy_bytes(grads.locations + 2 * target, results.rounded_location + 2 * i * points,
+        const int64_t sample = row * in.num_levels * in.num_points + offset;
+        copy_bytes(grads.locations + 2 * sample, results.rounded_location + 2 * i * points,
                    2 * points * sizeof(R));
-        copy_bytes(grads.weights + target, results.rounded_weight + i * points,
+        copy_bytes(grads.weights + sample, results.rounded_weight + i * points,
                    points * sizeof(R));
       }
     }
   }
 }
 
+// Calls run(batch, level, head, worker) for every unit. Neighbouring units are heads of one level:
+// equal work for threads that run side by side, and no two of them write to one cache line.
+template <typename Run>
+void for_each_level(const Inputs& in, const Run& run) {
+  for_each_unit(in.batch * in.num_levels * in.num_heads, [&](int64_t unit, int64_t worker) {
+    run(unit / in.num_heads / in.num_levels, unit / in.num_heads % in.num_levels,
+        unit % in.num_heads, worker);
+  });
+}
+
+// Few samples, and a gradient that needs no wider type: no maps. `grad_value` must be zero.
 template <typename T, typename R>
-void backward_of_type(const Inputs& in, const Tensor& grad_output, Tensor& grad_value,
-                      Tensor& grad_locations, Tensor& grad_weights) {
+void backward_in_place(const Problem<T, R>& problem, const Gradients<T, R>& grads) {
+  const Inputs& in = problem.inputs;
+  const std::vector<T> zeros(in.head_size, T(0));
+  with_num_vectors(problem.padded_head_size / kLanes<T>, [&](auto num_vectors) {
+    for_each_level(in, [&](int64_t batch, int64_t level, int64_t head, int64_t) {
+      std::vector<T> discarded(in.head_size);
+      const DirectTarget<T> target{
+          problem.tokens(batch, head),
+          problem.value_stride[1],
+          zeros.data(),
+          grads.value + (batch * in.num_tokens * in.num_heads + head) * in.head_size,
+          in.num_heads * in.head_size,
+          discarded.data()};
+      backward_unit<num_vectors.value>(problem, grads, target, batch, head, level);
+    });
+  });
+}
+
+template <typename T, typename R>
+void backward_packed(const Problem<T, R>& problem, const Gradients<T, R>& grads) {
   using A = Sum<T>;
-  const Problem<T, R> problem(in);
-  const Gradients<T, R> grads{grad_output.const_data_ptr<T>(),
-                              {grad_output.stride(0), grad_output.stride(1)},
-                              grad_value.mutable_data_ptr<T>(),
-                              grad_locations.mutable_data_ptr<R>(),
-                              grad_weights.mutable_data_ptr<R>()};
+  const Inputs& in = problem.inputs;
   int64_t max_cells = 0;
   for (const Level& level : in.levels) {
     max_cells = std::max(max_cells, bordered_cells(level));
@@ -659,26 +760,39 @@ void backward_of_type(const Inputs& in, const Tensor& grad_output, Tensor& grad_
   const int64_t num_units = in.batch * in.num_levels * in.num_heads;
   const Scratch scratch = allocate(num_workers(num_units) * scratch_bytes);
 
-  // Neighbouring units are heads of one level: equal work for threads that run side by side, and
-  // no two of them write to one cache line of the gradients.
-  for_each_unit(num_units, [&](int64_t unit, int64_t worker) {
-    const int64_t head = unit % in.num_heads;
-    const int64_t level_index = unit / in.num_heads % in.num_levels;
-    const int64_t batch = unit / in.num_heads / in.num_levels;
-    const Level& level = in.levels[level_index];
-    A* grad_map = reinterpret_cast<A*>(scratch.get() + worker * scratch_bytes);
-    T* value_map = reinterpret_cast<T*>(grad_map + map_size);
-    pack_level(level, problem.tokens(batch, head), problem.value_stride[1], in.head_size,
-               problem.padded_head_size, value_map);
-    std::memset(grad_map, 0, bordered_cells(level) * problem.padded_head_size * sizeof(A));
-    with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
-      backward_unit<num_vectors.value>(problem, grads, batch, head, level_index, value_map,
-                                       grad_map);
+  with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
+    for_each_level(in, [&](int64_t batch, int64_t level_index, int64_t head, int64_t worker) {
+      const Level& level = in.levels[level_index];
+      A* grad_map = reinterpret_cast<A*>(scratch.get() + worker * scratch_bytes);
+      T* value_map = reinterpret_cast<T*>(grad_map + map_size);
+      pack_level(level, problem.tokens(batch, head), problem.value_stride[1], in.head_size,
+                 problem.padded_head_size, value_map);
+      std::memset(grad_map, 0, bordered_cells(level) * problem.padded_head_size * sizeof(A));
+      const PackedTarget<T> target{value_map, grad_map, problem.padded_head_size};
+      backward_unit<num_vectors.value>(problem, grads, target, batch, head, level_index);
+      write_grad_value(level, grad_map, in.head_size, problem.padded_head_size,
+                       in.num_heads * in.head_size,
+                       grads.value + (batch * in.num_tokens * in.num_heads + head) * in.head_size);
     });
-    write_grad_value(level, grad_map, in.head_size, problem.padded_head_size,
-                     in.num_heads * in.head_size,
-                     grads.value + (batch * in.num_tokens * in.num_heads + head) * in.head_size);
   });
+}
+
+template <typename T, typename R>
+void backward_of_type(const Inputs& in, const Tensor& grad_output, Tensor& grad_value,
+                      Tensor& grad_locations, Tensor& grad_weights) {
+  const Problem<T, R> problem(in);
+  const Gradients<T, R> grads{grad_output.const_data_ptr<T>(),
+                              {grad_output.stride(0), grad_output.stride(1)},
+                              grad_value.mutable_data_ptr<T>(),
+                              grad_locations.mutable_data_ptr<R>(),
+                              grad_weights.mutable_data_ptr<R>()};
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (reads_in_place(problem)) {
+      torch::stable::zero_(grad_value);
+      return backward_in_place(problem, grads);
+    }
+  }
+  backward_packed(problem, grads);
 }
 
 // ---- operators -------------------------------------------------------------------------------
