@@ -290,8 +290,9 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         model,
         (),
         {
-            "pixel_values": torch.randn(2, 3, 64, 96),
-            "pixel_mask": torch.ones(2, 64, 96, dtype=torch.int64),
+            # No level has a side of one cell, which the exporter would take for a constant.
+            "pixel_values": torch.randn(2, 3, 128, 160),
+            "pixel_mask": torch.ones(2, 128, 160, dtype=torch.int64),
         },
         dynamic_shapes={
             "pixel_values": {0: batch, 2: 32 * height, 3: 32 * width},
@@ -299,8 +300,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         },
     )
     other = {
-        "pixel_values": torch.randn(3, 3, 128, 160),
-        "pixel_mask": torch.ones(3, 128, 160, dtype=torch.int64),
+        "pixel_values": torch.randn(3, 3, 192, 96),
+        "pixel_mask": torch.ones(3, 192, 96, dtype=torch.int64),
     }
     assert_same_detections(program.module()(**other), forward(model, **other))
 

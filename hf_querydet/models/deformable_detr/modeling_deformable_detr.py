@@ -203,7 +203,7 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
         depend on the labels.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        options = deepcopy(kwargs) if "config" in kwargs else dict(kwargs)
+        options = dict(kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -415,7 +415,7 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         if masks[0] is None:
             padding_mask = None
             valid_ratios = torch.ones(
-                len(tokens), len(levels), 2, device=tokens.device, dtype=torch.float32
+                tokens.shape[0], len(levels), 2, device=tokens.device, dtype=torch.float32
             )
             masks = [torch.zeros_like(level[:1, 0], dtype=torch.bool) for level in levels]
         else:
@@ -432,7 +432,7 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
 
     def _learned_queries(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Content and position of the queries, the same for every picture."""
-        queries = self.query_embeddings.weight.to(memory.dtype).expand(len(memory), -1, -1)
+        queries = self.query_embeddings.weight.to(memory.dtype).expand(memory.shape[0], -1, -1)
         query_positions, object_queries = queries.chunk(2, dim=-1)
         return object_queries, query_positions
 
@@ -608,7 +608,7 @@ class DeformableDETRForObjectDetection(DeformableDETRPreTrainedModel):
 
 
 def _by_head(samples: list[Tensor]) -> tuple[Tensor, ...]:
-    """(batch, tokens, heads, levels, points, ...) to (batch, heads, tokens, levels * points, ...)."""
+    """(batch, tokens, heads, levels, points, ...) to (batch, heads, tokens, samples, ...)."""
     return tuple(sample.flatten(3, 4).transpose(1, 2) for sample in samples)
 
 
