@@ -2,6 +2,8 @@
 
     python benchmarks/ms_deform_attn.py [--device cuda] [--rounds 7] [--output FILE.json]
 
+--shapes and --dtypes choose fewer cases.
+
 Encoder shape: an 800x1066 picture, levels 100x134, 50x67, 25x34 and 13x17, every token a query.
 Decoder shape: 300 queries on the same levels. 8 heads of 32 channels, 4 points per level. Random
 locations lie anywhere in the picture; near ones lie as after the first steps of training: the
@@ -19,6 +21,7 @@ import gc
 import json
 import math
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -261,13 +264,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--note", default="", help="kept in the json: what else the machine did")
     parser.add_argument("--output", type=Path, help="json with all numbers")
     options = parser.parse_args()
 
     runs = implementations(options.device)
     on_cpu = options.device == "cpu"
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
+        "note": options.note,
         "processor": processor_name() if on_cpu else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -313,6 +318,8 @@ def main() -> None:
                             moved["arrays"] / seconds / 1e9 / report["memory_read_gb_per_s"]
                         )
                     report["cases"].append(case)
+                    if options.output:  # after every case: a stopped run keeps what it has
+                        options.output.write_text(json.dumps(report, indent=2) + "\n")
                     print_case(f"{shape}, {places} locations, {dtype}, {direction}", results)
                     if "bytes" in case:
                         print(
@@ -321,8 +328,6 @@ def main() -> None:
                             f"{moved['arrays'] / 1e6:.0f} MB of arrays at "
                             f"{case['share_of_memory_read']:.0%} of memory bandwidth"
                         )
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -421,6 +421,10 @@ def main() -> None:
             save_model(accelerator, model, processor, args.output_dir / "best", metrics)
         save_checkpoint(args, accelerator, progress)
     bar.close()
+    # Without streaming, loading has said so already.
+    skipped = [problem for data in (train_data, eval_data) if data for problem in data.skipped]
+    if args.streaming and skipped:
+        say(accelerator, f"Skipped {len(skipped)} pictures:\n" + "\n".join(skipped))
     say(accelerator, f"Saved {args.output_dir / 'best'} and {args.output_dir / 'last'}.")
     accelerator.end_training()
     if args.push_to_hub:

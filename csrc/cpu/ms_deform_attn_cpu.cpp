@@ -465,35 +465,52 @@ void forward_packed(const Problem<T, R>& problem, T* output) {
   const int64_t group_size = num_workers(num_slices);
   const Scratch scratch = allocate(group_size * map_size * sizeof(T));
   T* maps = reinterpret_cast<T*>(scratch.get());
-  const int64_t num_blocks = (in.num_queries + kQueryBlock - 1) / kQueryBlock;
 
-  for (int64_t group = 0; group < num_slices; group += group_size) {
-    const int64_t size = std::min(group_size, num_slices - group);
-    for_each_unit(size * in.num_levels, [&](int64_t unit, int64_t) {
-      const int64_t member = unit % size, level = unit / size;
-      pack_level(in.levels[level],
-                 problem.tokens((group + member) / in.num_heads, (group + member) % in.num_heads),
-                 problem.value_stride[1], in.head_size, problem.padded_head_size,
-                 maps + member * map_size + first_cell[level] * problem.padded_head_size);
-    });
-    with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
-      for_each_unit(size * num_blocks, [&](int64_t unit, int64_t) {
-        Block<T, R> block;
-        const int64_t member = unit / num_blocks;
-        const int64_t batch = (group + member) / in.num_heads;
-        const int64_t head = (group + member) % in.num_heads;
-        const PackedSource<T> source{maps + member * map_size, problem.padded_head_size};
-        const int64_t begin = unit % num_blocks * kQueryBlock;
-        const int64_t end = std::min(begin + kQueryBlock, in.num_queries);
-        for (int64_t query = begin; query < end; ++query) {
-          attend<num_vectors.value>(
-              source, table, block, problem.locations_of(batch, query, head),
-              problem.weights_of(batch, query, head), in.head_size, problem.padded_head_size,
-              output + ((batch * in.num_queries + query) * in.num_heads + head) * in.head_size);
+  const auto pack = [&](int64_t slice, int64_t level, T* map) {
+    pack_level(in.levels[level], problem.tokens(slice / in.num_heads, slice % in.num_heads),
+               problem.value_stride[1], in.head_size, problem.padded_head_size,
+               map + first_cell[level] * problem.padded_head_size);
+  };
+  with_num_vectors(problem.padded_head_size / kLanes<A>, [&](auto num_vectors) {
+    const auto attend_queries = [&](int64_t slice, const T* map, int64_t begin, int64_t end) {
+      Block<T, R> block;
+      const int64_t batch = slice / in.num_heads, head = slice % in.num_heads;
+      const PackedSource<T> source{map, problem.padded_head_size};
+      for (int64_t query = begin; query < end; ++query) {
+        attend<num_vectors.value>(
+            source, table, block, problem.locations_of(batch, query, head),
+            problem.weights_of(batch, query, head), in.head_size, problem.padded_head_size,
+            output + ((batch * in.num_queries + query) * in.num_heads + head) * in.head_size);
+      }
+    };
+
+    // Slices that can be dealt out evenly need no thread to wait for another, which on a machine
+    // with other work costs more than all the rest.
+    const bool even = num_slices % group_size == 0 || num_slices >= 4 * group_size;
+    if (even && group_size < num_slices) {
+      for_each_unit(num_slices, [&](int64_t slice, int64_t worker) {
+        T* map = maps + worker * map_size;
+        for (int64_t level = 0; level < in.num_levels; ++level) {
+          pack(slice, level, map);
         }
+        attend_queries(slice, map, 0, in.num_queries);
       });
-    });
-  }
+      return;
+    }
+    const int64_t num_blocks = (in.num_queries + kQueryBlock - 1) / kQueryBlock;
+    for (int64_t group = 0; group < num_slices; group += group_size) {
+      const int64_t size = std::min(group_size, num_slices - group);
+      for_each_unit(size * in.num_levels, [&](int64_t unit, int64_t) {
+        pack(group + unit % size, unit / size, maps + unit % size * map_size);
+      });
+      for_each_unit(size * num_blocks, [&](int64_t unit, int64_t) {
+        const int64_t member = unit / num_blocks;
+        const int64_t begin = unit % num_blocks * kQueryBlock;
+        attend_queries(group + member, maps + member * map_size, begin,
+                       std::min(begin + kQueryBlock, in.num_queries));
+      });
+    }
+  });
 }
 
 // Whether there are too few samples to repay copying the tokens. A head that does not fill its
