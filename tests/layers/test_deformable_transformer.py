@@ -58,4 +58,6 @@ def test_dropout_on_both_blocks_leaves_the_norms_of_the_residual():
     layer = make_layer(dropout=1.0)
     inputs = make_inputs()
     output, _ = layer(*inputs)
-    torch.testing.assert_close(output, layer.feed_forward.norm(layer.self_attention_norm(inputs[0])))
+    torch.testing.assert_close(
+        output, layer.feed_forward.norm(layer.self_attention_norm(inputs[0]))
+    )

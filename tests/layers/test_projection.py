@@ -53,5 +53,5 @@ def test_more_maps_than_levels_are_an_error():
 
 
 def test_channels_that_cannot_be_grouped_are_an_error():
-    with pytest.raises(ValueError, match="hidden_size must be a multiple of 32, .*got 48"):
+    with pytest.raises(ValueError, match=r"hidden_size must be a multiple of 32, .*got 48"):
         FeatureProjection(in_channels=CHANNELS, hidden_size=48, num_levels=3)

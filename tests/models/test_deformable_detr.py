@@ -138,6 +138,27 @@ def test_file_of_the_older_layout_loads_completely(kind, tmp_path):
     assert_equal_detections(model, expected, **tiny_batch())
 
 
+def test_one_head_is_found_under_any_layers_name(tmp_path):
+    expected = peer("plain")
+    expected.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    moved = {
+        name.replace("class_embed.0.", "class_embed.2.").replace(
+            "bbox_embed.0.", "bbox_embed.1."
+        ): v
+        for name, v in load_file(path).items()
+    }
+    assert set(moved) != set(load_file(path))
+    save_file(moved, path, metadata={"format": "pt"})
+
+    model, info = DeformableDETRForObjectDetection.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+
+    assert not any(info.values())
+    assert_equal_detections(model, expected, **tiny_batch())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_repository_becomes_one_of_ours_when_saved(kind, tmp_path):
     expected = peer(kind)
@@ -589,6 +610,20 @@ def test_two_stage_exports_with_dynamic_sizes():
     other = torch.randn(2, 3, 192, 96)
     expected = forward(model, pixel_values=other)
     torch.testing.assert_close(program.module()(other).pred_boxes, expected.pred_boxes)
+
+
+def test_recipe_slows_the_layers_that_say_where_to_look():
+    from hf_querydet.training import parameter_groups
+
+    model = build("plain")
+    groups = {
+        group["name"]: group
+        for group in parameter_groups(model, VARIANTS["deformable_detr"].recipe)
+    }
+    rates = {name: group["lr"] for name, group in groups.items()}
+    assert rates == pytest.approx({"main": 2e-4, "backbone": 2e-5, "slow": 2e-5})
+    # Weight and bias of two encoder layers, three decoder layers and the reference points.
+    assert len(groups["slow"]["params"]) == 2 * (2 + 3 + 1)
 
 
 # ---- configuration and errors --------------------------------------------------------------------

@@ -41,6 +41,13 @@ from hf_querydet.layers.position_embedding import (
 from hf_querydet.layers.projection import FeatureProjection
 from hf_querydet.losses import FocalClassification, SetCriterion
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.deformable_detr.checkpoint_mapping import (
+    ONE_HEAD_NAMES,
+    copy_objectness,
+    lacks_its_one_head,
+    recreated_objectness,
+    share_class_head,
+)
 from hf_querydet.models.deformable_detr.configuration_deformable_detr import DeformableDETRConfig
 from hf_querydet.ops.boxes import place_boxes, refine_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
@@ -197,25 +204,32 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
     ) -> Self:
         """Load a detector; see :meth:`DetectorPreTrainedModel.from_pretrained`.
 
-        Two things beyond it. A file of transformers that holds one class head for all layers gives
-        it to each of them. And where new labels re-create the class heads of a two-stage detector,
-        row 0 of the encoder's is kept: it scores whether a token is any object, which does not
-        depend on the labels.
+        Beyond it: Files of transformers leave out what a fresh model of theirs has tied; the one
+        class head of a refined detector goes to each of its layers, and the one head of a detector
+        without refinement is found under whichever layer's name it was kept. And where new labels
+        re-create the class heads of a two-stage detector, row 0 of the encoder's stays: it scores
+        whether a token is any object, which does not depend on the labels.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        options = dict(kwargs)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        base = getattr(model, model.base_model_prefix, model)
-        prefix = "" if base is model else f"{model.base_model_prefix}."
-        recreated = {key: found for key, found, _ in info["mismatched_keys"]}
-        base.copy_shared_class_head(info["missing_keys"], set(recreated), prefix)
-        objectness = f"{prefix}heads.{len(base.heads) - 1}.class_head.weight"
-        if model.config.two_stage and objectness in recreated:
-            options = _with_num_labels(options, recreated[objectness][0])
-            donor = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
-            base.copy_objectness(getattr(donor, donor.base_model_prefix, donor))
+
+        def load(**options: Any) -> tuple[Self, dict[str, Any]]:
+            return super(DeformableDETRPreTrainedModel, cls).from_pretrained(
+                pretrained_model_name_or_path, *args, **options, output_loading_info=True
+            )
+
+        model, info = load(**kwargs)
+        if lacks_its_one_head(model, info) and "key_mapping" not in kwargs:
+            model, info = load(**kwargs, key_mapping=ONE_HEAD_NAMES)
+        share_class_head(model, info)
+        num_stored_labels = recreated_objectness(model, info)
+        if num_stored_labels is not None:
+            options = {k: v for k, v in kwargs.items() if k not in ("id2label", "label2id")}
+            if "config" in options:
+                options["config"] = deepcopy(options["config"])
+                options["config"].num_labels = num_stored_labels
+            else:
+                options["num_labels"] = num_stored_labels
+            copy_objectness(load(**options)[0], model)
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -345,8 +359,11 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         grid = reference_grid(spatial_shapes, valid_ratios)
         for layer in self.encoder_layers:
             memory, weights = layer(memory, positions, grid, spatial_shapes, padding_mask)
-            encoder_states.append(memory)
-            encoder_attentions.append(weights)
+            # What nobody asks for is not kept: with thousands of tokens it fills the memory.
+            if output_hidden_states:
+                encoder_states.append(memory)
+            if output_attentions:
+                encoder_attentions.append(weights)
 
         # Queries and their references
         encoder_predictions, points, boxes = None, None, None
@@ -364,22 +381,27 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         decoder_states, layer_boxes = [object_queries], []
         decoder_attentions, cross_attentions, cross_locations = [], [], []
         for index, layer in enumerate(self.decoder_layers):
+            # From the picture to each level's padded map; sizes as well as centres.
+            level_points, level_boxes = None, None
+            if boxes is None:
+                level_points = points[:, :, None] * valid_ratios[:, None]
+            else:
+                level_boxes = boxes[:, :, None] * valid_ratios.repeat(1, 1, 2)[:, None]
             object_queries, self_weights, locations, cross_weights = layer(
                 object_queries,
                 query_positions,
                 memory,
                 spatial_shapes,
-                # From the picture to each level's padded map; sizes as well as centres.
-                None if boxes is not None else points[:, :, None] * valid_ratios[:, None],
-                None
-                if boxes is None
-                else boxes[:, :, None] * valid_ratios.repeat(1, 1, 2)[:, None],
+                level_points,
+                level_boxes,
                 padding_mask,
             )
             deltas = self.head_of_layer(index).box_deltas(object_queries)
-            predicted = (
-                place_boxes(deltas, points) if boxes is None else refine_boxes(deltas, boxes)
-            )
+            if boxes is None:
+                predicted = place_boxes(deltas, points)
+            else:
+                predicted = refine_boxes(deltas, boxes)
+            # The next layer starts from these boxes, and does not train this layer through them.
             if self.config.with_box_refine:
                 boxes = predicted.detach()
             layer_boxes.append(predicted)
@@ -471,38 +493,6 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         queries = self.query_norm(self.query_projection(features.to(dtype)))
         query_positions, object_queries = queries.chunk(2, dim=-1)
         return object_queries, query_positions
-
-    @torch.no_grad()
-    def copy_shared_class_head(
-        self, missing_keys: set[str], recreated_keys: set[str], prefix: str
-    ) -> None:
-        """Give the first class head to all others if a file held no other.
-
-        Args:
-            missing_keys: Names that were not in the file; those that are copied are taken out.
-            recreated_keys: Names whose shape in the file was another.
-            prefix: Of the names of this model's tensors.
-        """
-        first = {f"{prefix}heads.0.class_head.{name}" for name in ("weight", "bias")}
-        others = {
-            f"{prefix}heads.{index}.class_head.{name}"
-            for index in range(1, len(self.heads))
-            for name in ("weight", "bias")
-        }
-        if self.config.two_stage or not others or not others <= missing_keys:
-            return
-        if first & (missing_keys | recreated_keys):
-            return
-        for head in self.heads[1:]:
-            head.class_head.load_state_dict(self.heads[0].class_head.state_dict())
-        missing_keys -= others
-
-    @torch.no_grad()
-    def copy_objectness(self, donor: "DeformableDETRModel") -> None:
-        """Take row 0 of the encoder's class head from a model with other labels."""
-        new, old = self.heads[-1].class_head, donor.heads[-1].class_head
-        new.weight[0] = old.weight[0].to(new.weight)
-        new.bias[0] = old.bias[0].to(new.bias)
 
 
 class DeformableDETRForObjectDetection(DeformableDETRPreTrainedModel):
@@ -610,16 +600,3 @@ class DeformableDETRForObjectDetection(DeformableDETRPreTrainedModel):
 def _by_head(samples: list[Tensor]) -> tuple[Tensor, ...]:
     """(batch, tokens, heads, levels, points, ...) to (batch, heads, tokens, samples, ...)."""
     return tuple(sample.flatten(3, 4).transpose(1, 2) for sample in samples)
-
-
-def _with_num_labels(options: dict[str, Any], num_labels: int) -> dict[str, Any]:
-    """Options of from_pretrained that keep a file's own number of labels."""
-    options = {
-        name: value for name, value in options.items() if name not in ("id2label", "label2id")
-    }
-    if "config" in options:
-        options["config"] = deepcopy(options["config"])
-        options["config"].num_labels = num_labels
-        options.pop("num_labels", None)
-        return options
-    return {**options, "num_labels": num_labels}
