@@ -112,3 +112,10 @@ def test_proposals_beyond_the_margin_are_not_used():
     boxes, is_usable = encoder_proposals(shapes, torch.ones(1, 6, 2), None)
     assert is_usable[0].tolist() == [True] * 5 + [False]
     assert math.isclose(boxes[0, 5, 2], 1.6, rel_tol=1e-6)
+
+
+def test_proposals_of_padded_tokens_are_not_used_wherever_they_lie():
+    padding_mask = torch.zeros(1, 49, dtype=torch.bool)
+    padding_mask[0, 17] = True
+    _, is_usable = encoder_proposals(SHAPES, torch.ones(1, 3, 2), padding_mask)
+    assert is_usable[0].tolist() == [token != 17 for token in range(49)]

@@ -102,6 +102,18 @@ def test_same_weights_give_the_detections_of_transformers(kind, tmp_path):
     assert_equal_detections(model, expected, **tiny_batch())
 
 
+def test_extra_level_takes_its_padding_from_the_full_mask(tmp_path):
+    expected = peer("plain")
+    expected.save_pretrained(tmp_path)
+    model = DeformableDETRForObjectDetection.from_pretrained(tmp_path)
+    # Three rows of cells sample pixel rows 0, 23, 46, two sample 0 and 35: picture or padding.
+    pixel_mask = torch.ones(2, 70, 101, dtype=torch.int64)
+    pixel_mask[1, 30:] = 0
+    batch = {"pixel_values": torch.randn(2, 3, 70, 101), "pixel_mask": pixel_mask}
+
+    assert_equal_detections(model, expected, **batch)
+
+
 def test_separate_class_heads_of_a_refined_file_stay_separate(tmp_path):
     expected = peer("refine")
     for head in expected.class_embed[1:]:
@@ -495,6 +507,15 @@ def test_references_of_the_next_layer_are_detached():
     # No "look forward twice": a layer's box trains its own head only.
     assert heads[1].box_head.layers[-1].weight.grad.any()
     assert not heads[0].box_head.layers[-1].weight.grad.any()
+
+
+def test_proposals_are_detached():
+    model = perturb(build("two-stage"))
+    outputs = model(**tiny_batch())
+    outputs.intermediate_boxes.sum().backward()
+    # The encoder's head learns from its own loss only.
+    assert model.model.heads[0].box_head.layers[-1].weight.grad.any()
+    assert model.model.heads[-1].box_head.layers[-1].weight.grad is None
 
 
 def test_padding_of_the_levels_does_not_reach_predictions(monkeypatch):
