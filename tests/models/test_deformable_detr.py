@@ -114,6 +114,18 @@ def test_extra_level_takes_its_padding_from_the_full_mask(tmp_path):
     assert_equal_detections(model, expected, **batch)
 
 
+def test_shared_class_head_of_a_refined_file_is_said_to_be_copied(tmp_path, caplog):
+    peer("refine").save_pretrained(tmp_path)
+    assert "class_embed.1.weight" not in load_file(tmp_path / "model.safetensors")
+
+    heads = DeformableDETRForObjectDetection.from_pretrained(tmp_path).model.heads
+
+    assert "All layers got a copy of it" in caplog.text
+    for head in heads[1:]:
+        assert torch.equal(head.class_head.weight, heads[0].class_head.weight)
+        assert head.class_head.weight is not heads[0].class_head.weight
+
+
 def test_separate_class_heads_of_a_refined_file_stay_separate(tmp_path):
     expected = peer("refine")
     for head in expected.class_embed[1:]:

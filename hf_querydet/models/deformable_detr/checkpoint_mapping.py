@@ -10,6 +10,7 @@ one tensor here. What a table cannot say stands in the functions below it, which
 ``DeformableDETRPreTrainedModel.from_pretrained`` calls.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_querydet.checkpoint_mapping_utils import TRANSFORMERS_ATTENTION, TRANSFORMERS_BACKBONE
+
+logger = logging.getLogger(__name__)
 
 TRANSFORMERS_NAMES = {
     **TRANSFORMERS_BACKBONE,
@@ -83,6 +86,12 @@ def share_class_head(model: PreTrainedModel, info: dict[str, Any]) -> None:
     for head in heads[1:]:
         head.class_head.load_state_dict(heads[0].class_head.state_dict())
     info["missing_keys"] -= others
+    # transformers has reported them as newly initialised by now.
+    logger.warning(
+        "The checkpoint holds the class head of the first decoder layer only. All layers got a "
+        "copy of it, as in the detector that was saved; none of the class heads that the loading "
+        "report calls missing is random."
+    )
 
 
 def recreated_objectness(model: PreTrainedModel, info: dict[str, Any]) -> int | None:
