@@ -714,19 +714,3 @@ def test_more_proposals_than_tokens_are_an_error():
     model = build("two-stage", two_stage_num_proposals=90)
     with pytest.raises(ValueError, match=r"two_stage_num_proposals is 90, .* only 85 tokens"):
         model(pixel_values=torch.randn(1, 3, 64, 64))
-
-
-def test_scores_are_sigmoids_of_pairs_of_query_and_class():
-    from types import SimpleNamespace
-
-    logits = torch.tensor([[[1.0, 2.0, -5.0], [4.0, 0.0, 1.5]]])
-    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.1, 0.2]]])
-    processor = VARIANTS["deformable_detr"].image_processor()
-    outputs = SimpleNamespace(logits=logits, pred_boxes=boxes)
-    (found,) = processor.post_process_object_detection(outputs, 0.7)
-    # 0.982, 0.881, 0.818, 0.731
-    torch.testing.assert_close(found["scores"], torch.tensor([4.0, 2.0, 1.5, 1.0]).sigmoid())
-    assert found["labels"].tolist() == [0, 1, 2, 0]
-    torch.testing.assert_close(found["boxes"][1], torch.tensor([0.4, 0.3, 0.6, 0.7]))
-    many = SimpleNamespace(logits=torch.zeros(1, 50, 3), pred_boxes=torch.rand(1, 50, 4))
-    assert len(processor.post_process_object_detection(many, 0.0)[0]["scores"]) == 100
