@@ -1,9 +1,8 @@
 """Names of Deformable DETR's tensors in transformers' files.
 
-Left: a regular expression for the name in a file of transformers, both the layout that its version
-    5
-writes and the one of older repositories on the Hub. Right: the name here. None of the expressions
-matches a name of ours.
+Left: a regular expression for the name in a file of transformers, both the layout that its fifth
+version writes and the one of older repositories on the Hub. Right: the name here. None of the
+expressions matches a name of ours.
 
 The heads stand in such files at the top, below the decoder, or in both places; both names lead to
 one tensor here. What a table cannot say stands in the functions below it, which
