@@ -3,6 +3,12 @@
 Importing the package registers every detector with transformers' Auto classes and pipelines.
 """
 
+from hf_querydet.models.deformable_detr import (
+    DeformableDETRConfig,
+    DeformableDETRForObjectDetection,
+    DeformableDETRImageProcessor,
+    DeformableDETRModel,
+)
 from hf_querydet.models.detr import (
     DETRConfig,
     DETRForObjectDetection,
@@ -19,6 +25,10 @@ __all__ = [
     "DETRForObjectDetection",
     "DETRImageProcessor",
     "DETRModel",
+    "DeformableDETRConfig",
+    "DeformableDETRForObjectDetection",
+    "DeformableDETRImageProcessor",
+    "DeformableDETRModel",
     "load_detector",
     "variant_of",
 ]

@@ -22,6 +22,16 @@ from hf_querydet.checkpoint_mapping_utils import weight_renamings
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.deformable_detr import (
+    DeformableDETRConfig,
+    DeformableDETRForObjectDetection,
+    DeformableDETRImageProcessor,
+    DeformableDETRModel,
+)
+from hf_querydet.models.deformable_detr.checkpoint_mapping import (
+    TRANSFORMERS_NAMES as DEFORMABLE_DETR_NAMES,
+)
+from hf_querydet.models.deformable_detr.recipe import RECIPE as DEFORMABLE_DETR_RECIPE
 from hf_querydet.models.detr import (
     DETRConfig,
     DETRForObjectDetection,
@@ -47,6 +57,8 @@ class Variant:
         image_processor: Image processor.
         recipe: The paper's training settings.
         transformers_names: Key table of transformers' files, empty where it has no such model.
+        padding_exception: How padding reaches predictions below the backbone, a sentence for the
+            model card; empty where it does not, which is the rule.
     """
 
     config: type[DetectorConfig]
@@ -55,6 +67,7 @@ class Variant:
     image_processor: type[DetectionImageProcessor]
     recipe: Recipe
     transformers_names: Mapping[str, str]
+    padding_exception: str = ""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -65,6 +78,19 @@ VARIANTS: dict[str, Variant] = {
         image_processor=DETRImageProcessor,
         recipe=DETR_RECIPE,
         transformers_names=DETR_NAMES,
+    ),
+    "deformable_detr": Variant(
+        config=DeformableDETRConfig,
+        model=DeformableDETRModel,
+        detector=DeformableDETRForObjectDetection,
+        image_processor=DeformableDETRImageProcessor,
+        recipe=DEFORMABLE_DETR_RECIPE,
+        transformers_names=DEFORMABLE_DETR_NAMES,
+        padding_exception=(
+            "As in the authors' code, the group normalisation of feature levels takes its "
+            "statistics from the whole padded map, the extra level's convolution sees the "
+            "padding's border, and two-stage proposals may come from padded tokens."
+        ),
     ),
 }
 

@@ -12,7 +12,40 @@ from torch import Tensor
 from transformers import initialization as init
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
+    from hf_querydet.layers.feed_forward import MLP
+
+PRIOR_PROBABILITY = 0.01
+
+
+def init_focal_prior(class_head: "nn.Linear") -> None:
+    """Let every class start at a probability of 0.01, whatever the input.
+
+    With focal loss, far more negatives than positives would otherwise rule the first steps
+    (arXiv:1708.02002, Sec. 3.3). The bias is -log(99), that is -4.595; the weight is left alone.
+
+    Args:
+        class_head: Its last dimension are independent classes.
+    """
+    init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+
+
+def init_box_head(box_head: "MLP", *, size_bias: float = 0.0) -> None:
+    """Let a box head start with one answer, whatever the input.
+
+    The authors of Deformable DETR set the last layer to zero: a box starts at its reference.
+
+    Args:
+        box_head: Of four outputs, cxcywh in inverse-sigmoid space.
+        size_bias: Output for width and height; -2 makes them 0.12 of the picture where no
+            reference box adds its own.
+    """
+    last = box_head.layers[-1]
+    bias = torch.tensor([0.0, 0.0, size_bias, size_bias])
+    init.zeros_(last.weight)
+    init.copy_(last.bias, bias.to(last.bias))
 
 
 def init_deformable_attention(module: "MultiScaleDeformableAttention") -> None:

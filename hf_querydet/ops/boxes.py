@@ -97,6 +97,32 @@ def refine_boxes(box_deltas: Tensor, reference_boxes: Tensor, *, eps: float = 1e
     return (box_deltas + inverse_sigmoid(reference_boxes, eps)).sigmoid()
 
 
+def place_boxes(box_deltas: Tensor, reference_points: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Make boxes from predicted deltas around reference points.
+
+    As :func:`refine_boxes` where the reference has a centre and no size: only the centre is
+    relative to it. Deformable DETR (arXiv:2010.04159), Sec. 4.1 and A.3.
+
+    Args:
+        box_deltas: Raw output of the box head, (..., 4), unbounded.
+        reference_points: (..., 2), normalised (x, y) in [0, 1].
+        eps: Lower bound of both parts of the logarithm, see :func:`inverse_sigmoid`.
+
+    Returns:
+        Boxes of the shape of box_deltas, normalised cxcywh in (0, 1).
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if box_deltas.shape != (*reference_points.shape[:-1], 4) or reference_points.shape[-1] != 2:
+        raise ValueError(
+            "box_deltas and reference_points must have the same shape up to a last dimension of 4 "
+            f"and of 2, got {tuple(box_deltas.shape)} and {tuple(reference_points.shape)}."
+        )
+    centers = box_deltas[..., :2] + inverse_sigmoid(reference_points, eps)
+    return torch.cat([centers, box_deltas[..., 2:]], dim=-1).sigmoid()
+
+
 def _intersection_and_union(boxes_xyxy: Tensor, other_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     top_left = torch.maximum(boxes_xyxy[..., :2], other_xyxy[..., :2])
     bottom_right = torch.minimum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])

@@ -127,6 +127,10 @@ def test_features_under_padding_do_not_reach_predictions(name, monkeypatch):
         pixel_mask=torch.ones(2, 128, 160, dtype=torch.int64),
     )
 
+    if VARIANTS[name].padding_exception:
+        # The table says that they do; what does hold has a test of the variant.
+        assert not torch.allclose(beside.logits[:1], alone.logits, rtol=0, atol=1e-4)
+        return
     torch.testing.assert_close(beside.logits[:1], alone.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(beside.pred_boxes[:1], alone.pred_boxes, rtol=0, atol=1e-4)
 
@@ -286,8 +290,9 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         model,
         (),
         {
-            "pixel_values": torch.randn(2, 3, 64, 96),
-            "pixel_mask": torch.ones(2, 64, 96, dtype=torch.int64),
+            # No level has a side of one cell, which the exporter would take for a constant.
+            "pixel_values": torch.randn(2, 3, 128, 160),
+            "pixel_mask": torch.ones(2, 128, 160, dtype=torch.int64),
         },
         dynamic_shapes={
             "pixel_values": {0: batch, 2: 32 * height, 3: 32 * width},
@@ -295,8 +300,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         },
     )
     other = {
-        "pixel_values": torch.randn(3, 3, 128, 160),
-        "pixel_mask": torch.ones(3, 128, 160, dtype=torch.int64),
+        "pixel_values": torch.randn(3, 3, 192, 96),
+        "pixel_mask": torch.ones(3, 192, 96, dtype=torch.int64),
     }
     assert_same_detections(program.module()(**other), forward(model, **other))
 
@@ -320,7 +325,7 @@ def test_new_labels_recreate_the_class_head_only(name, tmp_path):
 
     assert loaded.config.label2id == {"cat": 0, "dog": 1, "owl": 2, "yak": 3}
     recreated = {key for key, *_ in info["mismatched_keys"]}
-    assert recreated == {"class_head.weight", "class_head.bias"}
+    assert recreated == {key for key in model.state_dict() if key.endswith(model._class_head_keys)}
     kept = {key: value for key, value in model.state_dict().items() if key not in recreated}
     loaded_state = loaded.state_dict()
     for key, value in kept.items():
@@ -339,7 +344,7 @@ def test_new_number_of_labels_passes_through_auto_classes(name, tmp_path):
 
 def test_other_wrong_shapes_stay_errors_with_new_labels(name, tmp_path):
     build(name).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="query_position_embeddings"):
+    with pytest.raises(RuntimeError, match=r"query_(position_)?embeddings"):
         VARIANTS[name].detector.from_pretrained(tmp_path, num_labels=4, num_queries=6)
 
 
@@ -371,7 +376,9 @@ def test_pipeline_detects_without_complaint(name, tmp_path, caplog):
         detections = detect(picture(90, 60), threshold=0.0)
 
     assert not caplog.records
-    assert len(detections) == TINY_CONFIGS[name]["num_queries"]
+    # Softmax: one detection per query; sigmoid: one per query and class.
+    per_query = 1 if VARIANTS[name].image_processor.default_top_k is None else NUM_LABELS
+    assert len(detections) == TINY_CONFIGS[name]["num_queries"] * per_query
     assert {"score", "label", "box"} == set(detections[0])
 
 

@@ -11,6 +11,7 @@ from hf_querydet.ops.boxes import (
     boxes_xyxy_to_cxcywh,
     generalized_box_iou,
     inverse_sigmoid,
+    place_boxes,
     refine_boxes,
 )
 
@@ -167,3 +168,27 @@ def test_refined_box_is_the_sigmoid_of_delta_plus_logit():
 def test_refinement_refuses_reference_points():
     with pytest.raises(ValueError, match=r"same shape, got \(2, 5, 4\) and \(2, 5, 2\)"):
         refine_boxes(torch.zeros(2, 5, 4), torch.zeros(2, 5, 2))
+
+
+def test_placed_box_is_relative_to_the_point_in_its_centre_only():
+    delta, point = [0.3, -1.2, 4.0, -0.7], [0.25, 0.6]
+    centre = [
+        r * math.exp(d) / (r * math.exp(d) + 1 - r) for d, r in zip(delta[:2], point, strict=True)
+    ]
+    expected = [*centre, *(1 / (1 + math.exp(-d)) for d in delta[2:])]
+
+    placed = place_boxes(torch.tensor([[delta]]), torch.tensor([[point]]))
+
+    torch.testing.assert_close(placed, torch.tensor([[expected]]))
+
+
+def test_zero_deltas_keep_the_reference_points_as_centres():
+    points = torch.rand(2, 5, 2) * 0.9 + 0.05
+    placed = place_boxes(torch.zeros(2, 5, 4), points)
+    torch.testing.assert_close(placed[..., :2], points)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 4, 2)])
+def test_placing_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"of 4 and of 2, got \(2, 5, 4\) and \(2, "):
+        place_boxes(torch.zeros(2, 5, 4), torch.zeros(shape))

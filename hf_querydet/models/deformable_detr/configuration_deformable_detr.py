@@ -1,0 +1,153 @@
+"""Configuration of Deformable DETR (arXiv:2010.04159)."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from hf_querydet.configuration_utils import DetectorConfig
+
+POSITION_EMBEDDING_TYPES = ("sine", "learned")
+MAX_BACKBONE_STAGES = 3
+CLASS_COST = 2.0
+# Of the group normalisation of every level.
+NUM_GROUPS = 32
+
+
+@strict
+class DeformableDETRConfig(DetectorConfig):
+    """Configuration of a Deformable DETR detector; the defaults are the paper's R50 model.
+
+    The paper's other models: single scale ``num_feature_levels=1``, with DC5 also
+    ``dilation=True``, iterative refinement ``with_box_refine=True``, two-stage also
+    ``two_stage=True``. Fields that every detector has are described in
+    :class:`~hf_querydet.configuration_utils.DetectorConfig`.
+
+    transformers' class differs from the authors in weights of matching and loss (its class terms
+    count 1, here 2 as in the authors' code) and in ``attention_dropout`` and
+    ``activation_dropout`` (0 there; the authors apply their one dropout rate there too). A
+    configuration file of transformers is read with the class cost of the authors, because nobody
+    has chosen the other one.
+
+    Attributes:
+        encoder_layers: Number of encoder layers.
+        encoder_attention_heads: Heads of each encoder attention.
+        encoder_ffn_dim: Inner size of the encoder's feed-forward blocks.
+        encoder_n_points: Points that an encoder attention samples per head and level.
+        decoder_layers: Number of decoder layers.
+        decoder_attention_heads: Heads of each decoder attention.
+        decoder_ffn_dim: Inner size of the decoder's feed-forward blocks.
+        decoder_n_points: Points that a cross-attention samples per head and level.
+        activation_function: Activation of the feed-forward blocks.
+        dropout: Dropout on the output of each attention and feed-forward block.
+        attention_dropout: Dropout on the weights of the self-attention among queries.
+        activation_dropout: Dropout inside the feed-forward blocks.
+        position_embedding_type: ``"sine"`` (fixed) or ``"learned"`` (at most 50 cells a side).
+        num_feature_levels: Levels of features. Up to three are stages of the backbone, counted from
+            its last; further ones are made by strided convolutions.
+        with_box_refine: Every decoder layer has heads of its own and refines the boxes of the one
+            before. Without it one head serves all layers.
+        two_stage: Object queries come from the best of the encoder's own proposals. Needs
+            ``with_box_refine``.
+        two_stage_num_proposals: Object queries of a two-stage detector, whose ``num_queries``
+            follows this field.
+        focal_alpha: Weight of positives in the focal loss.
+
+    Example:
+        >>> from hf_querydet import DeformableDETRConfig, DeformableDETRForObjectDetection
+        >>> config = DeformableDETRConfig(num_labels=3, backbone="resnet18", with_box_refine=True)
+        >>> model = DeformableDETRForObjectDetection(config)
+    """
+
+    model_type: ClassVar[str] = "querydet_deformable_detr"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *DetectorConfig.keys_to_ignore_at_inference,
+        "intermediate_boxes",
+        "encoder_predictions",
+        "cross_sampling_locations",
+    ]
+
+    num_queries: int = 300
+    class_cost: float | int = CLASS_COST
+    cls_loss_coefficient: float | int = 2.0
+    encoder_layers: int = 6
+    encoder_attention_heads: int = 8
+    encoder_ffn_dim: int = 1024
+    encoder_n_points: int = 4
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 8
+    decoder_ffn_dim: int = 1024
+    decoder_n_points: int = 4
+    activation_function: str = "relu"
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.1
+    position_embedding_type: str = "sine"
+    num_feature_levels: int = 4
+    with_box_refine: bool = False
+    two_stage: bool = False
+    two_stage_num_proposals: int = 300
+    focal_alpha: float | int = 0.25
+
+    @property
+    def backbone_stages(self) -> tuple[int, ...]:
+        """Stages that the levels are made of, counted from the last."""
+        return tuple(range(-min(max(self.num_feature_levels, 1), MAX_BACKBONE_STAGES), 0))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a configuration; see :meth:`DetectorConfig.from_dict`."""
+        derived_from = ("num_feature_levels", "two_stage", "two_stage_num_proposals")
+        given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
+        return super().from_dict(config_dict | given, **kwargs)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """See :class:`DetectorConfig`."""
+        is_foreign = kwargs.get("model_type", "") not in ("", self.model_type)
+        super().__post_init__(**kwargs)
+        if is_foreign:
+            self.class_cost = CLASS_COST
+        if self.two_stage:
+            self.num_queries = self.two_stage_num_proposals
+
+    def validate_architecture(self) -> None:
+        """Check the fields against one another.
+
+        Raises:
+            ValueError: Naming the field, its value and what is possible.
+        """
+        super().validate_architecture()
+        for field in ("encoder_attention_heads", "decoder_attention_heads"):
+            num_heads = getattr(self, field)
+            if num_heads < 1 or self.d_model % num_heads:
+                raise ValueError(
+                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
+                )
+        if self.d_model % NUM_GROUPS:
+            raise ValueError(
+                f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
+                f"feature levels, got {self.d_model}."
+            )
+        for field in (
+            "num_feature_levels",
+            "encoder_n_points",
+            "decoder_n_points",
+            "decoder_layers",
+            "two_stage_num_proposals",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        if self.two_stage and not self.with_box_refine:
+            raise ValueError(
+                "two_stage=True needs with_box_refine=True: the decoder starts from boxes, which "
+                "its layers refine; got with_box_refine=False."
+            )
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
+                f"got {self.position_embedding_type!r}."
+            )

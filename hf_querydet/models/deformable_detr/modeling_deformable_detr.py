@@ -1,0 +1,602 @@
+"""Deformable DETR, deformable transformers for end-to-end object detection (arXiv:2010.04159).
+
+What differs from DETR: several feature levels (Fig. 1 and Fig. 4), attention that samples a few
+points around a reference instead of all cells (Sec. 4.1), boxes predicted relative to references,
+sigmoid classes; and two options, iterative box refinement and two-stage (Sec. 4.2, A.4).
+"""
+
+import math
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import can_return_tuple
+
+from hf_querydet.layers.attention import MultiHeadAttention
+from hf_querydet.layers.backbone import Backbone, resize_padding_mask
+from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
+from hf_querydet.layers.deformable_transformer import DeformableTransformerEncoderLayer
+from hf_querydet.layers.feature_levels import (
+    encoder_proposals,
+    flatten_levels,
+    level_valid_ratios,
+    reference_grid,
+)
+from hf_querydet.layers.feed_forward import MLP, FeedForward
+from hf_querydet.layers.initialization import (
+    init_box_head,
+    init_deformable_attention,
+    init_focal_prior,
+)
+from hf_querydet.layers.position_embedding import (
+    LearnedPositionEmbedding,
+    SinePositionEmbedding,
+    sine_features,
+)
+from hf_querydet.layers.projection import FeatureProjection
+from hf_querydet.losses import FocalClassification, SetCriterion
+from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.deformable_detr.checkpoint_mapping import (
+    ONE_HEAD_NAMES,
+    copy_objectness,
+    lacks_its_one_head,
+    recreated_objectness,
+    share_class_head,
+)
+from hf_querydet.models.deformable_detr.configuration_deformable_detr import DeformableDETRConfig
+from hf_querydet.ops.boxes import place_boxes, refine_boxes
+from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+
+CELL_CENTER = -0.5
+INITIAL_SIZE_BIAS = -2.0
+
+
+@dataclass
+class DeformableDETRModelOutput(DetectorModelOutput):
+    """Output of :class:`DeformableDETRModel`.
+
+    Attributes:
+        cross_attentions: Weights of the sampled points per decoder layer, (batch, heads,
+            num_queries, levels * points), level after level, if asked for.
+        encoder_attentions: The same of the encoder, (batch, heads, num_tokens, levels * points).
+        intermediate_boxes: Boxes that each decoder layer predicts, (decoder_layers, batch,
+            num_queries, 4), normalised cxcywh, at least float32.
+        encoder_predictions: Of a two-stage detector: the proposal of every token, one layer. Class
+            0 stands for "any object".
+        cross_sampling_locations: Where each decoder layer looks, (batch, heads, num_queries, levels
+            * points, 2), normalised (x, y) in the padded canvas, if attentions are asked for.
+    """
+
+    intermediate_boxes: Tensor | None = None
+    encoder_predictions: SetPredictions | None = None
+    cross_sampling_locations: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DeformableDETRDetectionOutput(DetectionOutput):
+    """Output of :class:`DeformableDETRForObjectDetection`.
+
+    The terms of ``loss_dict`` with suffix ``_enc`` are those of two-stage proposals.
+
+    Attributes:
+        intermediate_boxes: See :class:`DeformableDETRModelOutput`, as the fields that follow.
+        encoder_predictions: As above.
+        cross_sampling_locations: As above.
+    """
+
+    intermediate_boxes: Tensor | None = None
+    encoder_predictions: SetPredictions | None = None
+    cross_sampling_locations: tuple[Tensor, ...] | None = None
+
+
+class DeformableDETRDecoderLayer(GradientCheckpointingLayer):
+    """Self-attention among queries, deformable attention to the memory, feed-forward; post-norm."""
+
+    def __init__(self, config: DeformableDETRConfig) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(
+            config,
+            hidden_size=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            dropout=config.attention_dropout,
+        )
+        self.self_attention_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention = MultiScaleDeformableAttention(
+            hidden_size=config.d_model,
+            num_heads=config.decoder_attention_heads,
+            num_levels=config.num_feature_levels,
+            num_points=config.decoder_n_points,
+        )
+        self.cross_attention_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.feed_forward = FeedForward(
+            hidden_size=config.d_model,
+            inner_size=config.decoder_ffn_dim,
+            activation=config.activation_function,
+            dropout=config.dropout,
+            activation_dropout=config.activation_dropout,
+        )
+
+    def forward(
+        self,
+        object_queries: Tensor,
+        query_position_embeddings: Tensor,
+        memory: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        reference_points: Tensor | None,
+        reference_boxes: Tensor | None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Update the queries.
+
+        Args:
+            object_queries: Content, (batch, num_queries, d_model).
+            query_position_embeddings: Same shape.
+            memory: (batch, num_tokens, d_model).
+            spatial_shapes: (height, width) of every level.
+            reference_points: (batch, num_queries, num_levels, 2), normalised (x, y) in each level.
+            reference_boxes: (batch, num_queries, num_levels, 4), cxcywh, instead of the points.
+            padding_mask: (batch, num_tokens), True = padding.
+
+        Returns:
+            Queries of the same shape; the weights of self-attention if the attention implementation
+            returns them; sampling locations and weights of the cross-attention, see
+            :class:`~hf_querydet.layers.deformable_attention.MultiScaleDeformableAttention`.
+        """
+        # Self-attention
+        query_and_key = object_queries + query_position_embeddings
+        update, self_weights = self.self_attention(query_and_key, query_and_key, object_queries)
+        object_queries = self.self_attention_norm(object_queries + self.dropout(update))
+        # Attention to the picture
+        update, locations, cross_weights = self.cross_attention(
+            object_queries + query_position_embeddings,
+            memory,
+            spatial_shapes,
+            reference_points=reference_points,
+            reference_boxes=reference_boxes,
+            padding_mask=padding_mask,
+        )
+        object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
+        # Feed-forward
+        return self.feed_forward(object_queries), self_weights, locations, cross_weights
+
+
+class DeformableDETRHead(nn.Module):
+    """Class head and box head of a decoder layer, of all of them, or of the encoder.
+
+    Args:
+        config: For the sizes.
+        size_bias: First value of the box head for width and height, in inverse-sigmoid space.
+    """
+
+    def __init__(self, config: DeformableDETRConfig, *, size_bias: float) -> None:
+        super().__init__()
+        self.size_bias = size_bias
+        self.class_head = nn.Linear(config.d_model, config.num_labels)
+        self.box_head = MLP(
+            input_size=config.d_model, hidden_size=config.d_model, output_size=4, num_layers=3
+        )
+
+    def box_deltas(self, hidden_states: Tensor) -> Tensor:
+        """Raw boxes (..., 4), at least float32: half types are too coarse for what is added."""
+        deltas = self.box_head(hidden_states)
+        return deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+
+
+class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
+    """Base class of the Deformable DETR models."""
+
+    config: DeformableDETRConfig
+    _no_split_modules = (
+        "Backbone",
+        "DeformableTransformerEncoderLayer",
+        "DeformableDETRDecoderLayer",
+    )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a detector; see :meth:`DetectorPreTrainedModel.from_pretrained`.
+
+        Beyond it: Files of transformers leave out what a fresh model of theirs has tied; the one
+        class head of a refined detector goes to each of its layers, and the one head of a detector
+        without refinement is found under whichever layer's name it was kept. And where new labels
+        re-create the class heads of a two-stage detector, row 0 of the encoder's stays: it scores
+        whether a token is any object, which does not depend on the labels.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+
+        def load(**options: Any) -> tuple[Self, dict[str, Any]]:
+            return super(DeformableDETRPreTrainedModel, cls).from_pretrained(
+                pretrained_model_name_or_path, *args, **options, output_loading_info=True
+            )
+
+        model, info = load(**kwargs)
+        if lacks_its_one_head(model, info) and "key_mapping" not in kwargs:
+            model, info = load(**kwargs, key_mapping=ONE_HEAD_NAMES)
+        share_class_head(model, info)
+        num_stored_labels = recreated_objectness(model, info)
+        if num_stored_labels is not None:
+            options = {k: v for k, v in kwargs.items() if k not in ("id2label", "label2id")}
+            if "config" in options:
+                options["config"] = deepcopy(options["config"])
+                options["config"].num_labels = num_stored_labels
+            else:
+                options["num_labels"] = num_stored_labels
+            copy_objectness(load(**options)[0], model)
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As :meth:`DetectorPreTrainedModel._init_weights`, with the values of these authors."""
+        super()._init_weights(module)
+        if isinstance(module, MultiScaleDeformableAttention):
+            init_deformable_attention(module)
+        elif isinstance(module, FeatureProjection):
+            for convolution, _ in module.levels:
+                init.xavier_uniform_(convolution.weight)
+                init.zeros_(convolution.bias)
+        elif isinstance(module, DeformableDETRHead):
+            init_focal_prior(module.class_head)
+            init_box_head(module.box_head, size_bias=module.size_bias)
+        elif isinstance(module, DeformableDETRModel):
+            if module.config.two_stage:
+                init.xavier_uniform_(module.memory_projection.weight)
+                init.xavier_uniform_(module.query_projection.weight)
+            else:
+                init.xavier_uniform_(module.reference_point_head.weight)
+                init.zeros_(module.reference_point_head.bias)
+
+
+class DeformableDETRModel(DeformableDETRPreTrainedModel):
+    """Backbone, encoder and decoder of Deformable DETR.
+
+    The heads are part of it: with refinement the decoder uses the boxes of each layer, in two-stage
+    the encoder's scores choose the queries. In two-stage the last head is the encoder's.
+    """
+
+    def __init__(self, config: DeformableDETRConfig) -> None:
+        super().__init__(config)
+        self.backbone = Backbone(
+            config.backbone_config,
+            pretrained=config.use_pretrained_backbone,
+            norm=config.backbone_norm,
+            num_frozen_stages=config.frozen_backbone_stages,
+        )
+        self.input_projection = FeatureProjection(
+            in_channels=self.backbone.channels,
+            hidden_size=config.d_model,
+            num_levels=config.num_feature_levels,
+        )
+        self.position_embedding = (
+            SinePositionEmbedding(config.d_model, offset=CELL_CENTER)
+            if config.position_embedding_type == "sine"
+            else LearnedPositionEmbedding(config.d_model)
+        )
+        self.level_embeddings = nn.Embedding(config.num_feature_levels, config.d_model)
+        if config.two_stage:
+            self.memory_projection = nn.Linear(config.d_model, config.d_model)
+            self.memory_norm = nn.LayerNorm(config.d_model)
+            self.query_projection = nn.Linear(2 * config.d_model, 2 * config.d_model)
+            self.query_norm = nn.LayerNorm(2 * config.d_model)
+        else:
+            # Position and content of each query, side by side.
+            self.query_embeddings = nn.Embedding(config.num_queries, 2 * config.d_model)
+            self.reference_point_head = nn.Linear(config.d_model, 2)
+        self.encoder_layers = nn.ModuleList(
+            DeformableTransformerEncoderLayer(
+                hidden_size=config.d_model,
+                num_heads=config.encoder_attention_heads,
+                num_levels=config.num_feature_levels,
+                num_points=config.encoder_n_points,
+                inner_size=config.encoder_ffn_dim,
+                activation=config.activation_function,
+                dropout=config.dropout,
+                activation_dropout=config.activation_dropout,
+            )
+            for _ in range(config.encoder_layers)
+        )
+        self.decoder_layers = nn.ModuleList(
+            DeformableDETRDecoderLayer(config) for _ in range(config.decoder_layers)
+        )
+        num_heads = config.decoder_layers if config.with_box_refine else 1
+        # Only the first boxes of a one-stage detector have no size to start from.
+        size_biases = [0.0 if config.two_stage else INITIAL_SIZE_BIAS]
+        size_biases += [0.0] * (num_heads + config.two_stage - 1)
+        self.heads = nn.ModuleList(DeformableDETRHead(config, size_bias=b) for b in size_biases)
+        if not config.with_box_refine:
+            # Older files hold a copy of the one head for each layer.
+            self._keys_to_ignore_on_load_unexpected = {
+                *(self._keys_to_ignore_on_load_unexpected or ()),
+                r"\bheads\.[1-9]",
+            }
+        self.post_init()
+
+    def head_of_layer(self, index: int) -> DeformableDETRHead:
+        """The head that reads decoder layer ``index``, counted from 0."""
+        return self.heads[index if self.config.with_box_refine else 0]
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: object,
+    ) -> DeformableDETRModelOutput:
+        """Turn pictures into object queries and boxes.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised colours.
+            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
+            output_attentions: Return attention weights and sampling locations; those of
+                self-attention need ``attn_implementation="eager"``.
+            output_hidden_states: Return the states between the layers.
+            kwargs: Of the ecosystem's trainers and tests, of no effect.
+
+        Raises:
+            ValueError: If a two-stage detector shall choose more proposals than there are tokens.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        # Features: all levels as tokens (batch, num_tokens, d_model)
+        memory, positions, padding_mask, spatial_shapes, valid_ratios = self._tokens(
+            pixel_values, pixel_mask
+        )
+
+        # Encoder
+        encoder_states, encoder_attentions = [memory], []
+        grid = reference_grid(spatial_shapes, valid_ratios)
+        for layer in self.encoder_layers:
+            memory, weights = layer(memory, positions, grid, spatial_shapes, padding_mask)
+            # What nobody asks for is not kept: with thousands of tokens it fills the memory.
+            if output_hidden_states:
+                encoder_states.append(memory)
+            if output_attentions:
+                encoder_attentions.append(weights)
+
+        # Queries and their references
+        encoder_predictions, points, boxes = None, None, None
+        if self.config.two_stage:
+            encoder_predictions, boxes = self._propose(
+                memory, spatial_shapes, valid_ratios, padding_mask
+            )
+            object_queries, query_positions = self._queries_of_boxes(boxes, memory.dtype)
+        else:
+            object_queries, query_positions = self._learned_queries(memory)
+            points = self.reference_point_head(query_positions)
+            points = points.to(torch.promote_types(points.dtype, torch.float32)).sigmoid()
+
+        # Decoder
+        decoder_states, layer_boxes = [object_queries], []
+        decoder_attentions, cross_attentions, cross_locations = [], [], []
+        for index, layer in enumerate(self.decoder_layers):
+            # From the picture to each level's padded map; sizes as well as centres.
+            level_points, level_boxes = None, None
+            if boxes is None:
+                level_points = points[:, :, None] * valid_ratios[:, None]
+            else:
+                level_boxes = boxes[:, :, None] * valid_ratios.repeat(1, 1, 2)[:, None]
+            object_queries, self_weights, locations, cross_weights = layer(
+                object_queries,
+                query_positions,
+                memory,
+                spatial_shapes,
+                level_points,
+                level_boxes,
+                padding_mask,
+            )
+            deltas = self.head_of_layer(index).box_deltas(object_queries)
+            if boxes is None:
+                predicted = place_boxes(deltas, points)
+            else:
+                predicted = refine_boxes(deltas, boxes)
+            # The next layer starts from these boxes, and does not train this layer through them.
+            if self.config.with_box_refine:
+                boxes = predicted.detach()
+            layer_boxes.append(predicted)
+            decoder_states.append(object_queries)
+            decoder_attentions.append(self_weights)
+            cross_attentions.append(cross_weights)
+            cross_locations.append(locations)
+
+        return DeformableDETRModelOutput(
+            last_hidden_state=object_queries,
+            intermediate_hidden_states=torch.stack(decoder_states[1:]),
+            encoder_last_hidden_state=memory,
+            decoder_hidden_states=tuple(decoder_states) if output_hidden_states else None,
+            decoder_attentions=tuple(decoder_attentions) if output_attentions else None,
+            cross_attentions=_by_head(cross_attentions) if output_attentions else None,
+            encoder_hidden_states=tuple(encoder_states) if output_hidden_states else None,
+            encoder_attentions=_by_head(encoder_attentions) if output_attentions else None,
+            intermediate_boxes=torch.stack(layer_boxes),
+            encoder_predictions=encoder_predictions,
+            cross_sampling_locations=_by_head(cross_locations) if output_attentions else None,
+        )
+
+    def _tokens(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[int, int]], Tensor]:
+        """Tokens, their positions, their padding, level sizes, valid ratios."""
+        stages = self.backbone(pixel_values, pixel_mask)
+        levels = self.input_projection([features for features, _ in stages])
+        masks = [mask for _, mask in stages]
+        # Extra levels take theirs from the picture's full mask, not from the coarsest map's.
+        masks += [resize_padding_mask(pixel_mask, level) for level in levels[len(masks) :]]
+        tokens, spatial_shapes = flatten_levels(levels)
+        if masks[0] is None:
+            padding_mask = None
+            valid_ratios = torch.ones(
+                tokens.shape[0], len(levels), 2, device=tokens.device, dtype=torch.float32
+            )
+            masks = [torch.zeros_like(level[:1, 0], dtype=torch.bool) for level in levels]
+        else:
+            padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+            valid_ratios = level_valid_ratios(masks)
+        positions = torch.cat(
+            [
+                self.position_embedding(mask) + level_embedding
+                for mask, level_embedding in zip(masks, self.level_embeddings.weight, strict=True)
+            ],
+            dim=1,
+        )
+        return tokens, positions.to(tokens.dtype), padding_mask, spatial_shapes, valid_ratios
+
+    def _learned_queries(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Content and position of the queries, the same for every picture."""
+        queries = self.query_embeddings.weight.to(memory.dtype).expand(memory.shape[0], -1, -1)
+        query_positions, object_queries = queries.chunk(2, dim=-1)
+        return object_queries, query_positions
+
+    def _propose(
+        self,
+        memory: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        valid_ratios: Tensor,
+        padding_mask: Tensor | None,
+    ) -> tuple[SetPredictions, Tensor]:
+        """First stage: a box for every token, and the best of them, (batch, num_queries, 4)."""
+        num_proposals = self.config.two_stage_num_proposals
+        if memory.shape[1] < num_proposals:
+            raise ValueError(
+                f"two_stage_num_proposals is {num_proposals}, but the pictures have only "
+                f"{memory.shape[1]} tokens; use larger pictures or set fewer proposals."
+            )
+        proposal_boxes, is_usable = encoder_proposals(spatial_shapes, valid_ratios, padding_mask)
+        head = self.heads[-1]
+        # Tokens without a proposal are cleared. They can be chosen all the same, as in the authors'
+        # code; their box is the whole canvas' far corner (1, 1, 1, 1).
+        tokens = memory.masked_fill(~is_usable[..., None], 0.0)
+        tokens = self.memory_norm(self.memory_projection(tokens))
+        logits = head.class_head(tokens)
+        proposal_logits = torch.logit(proposal_boxes).masked_fill(~is_usable[..., None], math.inf)
+        boxes = (head.box_deltas(tokens) + proposal_logits).sigmoid()
+        # Class 0 is what the encoder's loss trains for every object.
+        best = logits[..., 0].topk(num_proposals, dim=1).indices
+        chosen = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
+        return SetPredictions(logits=logits[None], pred_boxes=boxes[None]), chosen
+
+    def _queries_of_boxes(self, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Content and position of queries from their reference boxes alone."""
+        # Four coordinates in their order: cx, cy, w, h.
+        features = sine_features(boxes * (2 * math.pi), self.config.d_model // 2).flatten(2)
+        queries = self.query_norm(self.query_projection(features.to(dtype)))
+        query_positions, object_queries = queries.chunk(2, dim=-1)
+        return object_queries, query_positions
+
+
+class DeformableDETRForObjectDetection(DeformableDETRPreTrainedModel):
+    """Deformable DETR with its predictions and its loss."""
+
+    def __init__(self, config: DeformableDETRConfig) -> None:
+        super().__init__(config)
+        self.model = DeformableDETRModel(config)
+        self.criterion = SetCriterion(
+            FocalClassification(alpha=config.focal_alpha),
+            class_cost=config.class_cost,
+            bbox_cost=config.bbox_cost,
+            giou_cost=config.giou_cost,
+            cls_loss_coefficient=config.cls_loss_coefficient,
+            bbox_loss_coefficient=config.bbox_loss_coefficient,
+            giou_loss_coefficient=config.giou_loss_coefficient,
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: object,
+    ) -> DeformableDETRDetectionOutput:
+        """Detect objects.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised colours.
+            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
+            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
+                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
+                has a loss.
+            output_attentions: See :meth:`DeformableDETRModel.forward`.
+            output_hidden_states: See :meth:`DeformableDETRModel.forward`.
+            kwargs: Of the ecosystem's trainers and tests, of no effect.
+
+        Raises:
+            ValueError: If the labels do not fit the model, see
+                :class:`~hf_querydet.losses.SetCriterion`; or see
+                :meth:`DeformableDETRModel.forward`.
+        """
+        outputs = self.model(
+            pixel_values,
+            pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        # The layers before the last have predictions only where a loss asks for them.
+        with_auxiliary = labels is not None and self.config.auxiliary_loss
+        num_layers = self.config.decoder_layers
+        layers = range(0 if with_auxiliary else num_layers - 1, num_layers)
+        predictions = SetPredictions(
+            logits=torch.stack(
+                [
+                    self.model.head_of_layer(i).class_head(outputs.intermediate_hidden_states[i])
+                    for i in layers
+                ]
+            ),
+            pred_boxes=outputs.intermediate_boxes[layers.start :],
+        )
+        loss, loss_dict = (
+            (None, None)
+            if labels is None
+            else self._loss(predictions, outputs.encoder_predictions, labels)
+        )
+        return DeformableDETRDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=predictions.logits[-1],
+            pred_boxes=predictions.pred_boxes[-1],
+            auxiliary_outputs=SetPredictions(
+                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
+            )
+            if with_auxiliary
+            else None,
+            **outputs,
+        )
+
+    def _loss(
+        self,
+        predictions: SetPredictions,
+        encoder_predictions: SetPredictions | None,
+        labels: list[dict[str, Tensor]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if encoder_predictions is None:
+            return self.criterion(predictions, labels)
+        # The encoder tells object from background; every object is of class 0 to it.
+        objects = [
+            {**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels
+        ]
+        return self.criterion(
+            predictions,
+            labels,
+            encoder_predictions=encoder_predictions,
+            encoder_labels=objects,
+        )
+
+
+def _by_head(samples: list[Tensor]) -> tuple[Tensor, ...]:
+    """(batch, tokens, heads, levels, points, ...) to (batch, heads, tokens, samples, ...)."""
+    return tuple(sample.flatten(3, 4).transpose(1, 2) for sample in samples)
