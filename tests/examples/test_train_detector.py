@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub_server import USER, hub_environment
 from scene_files import write_split
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY_BACKBONE
 from transformers import pipeline
 
@@ -191,6 +192,14 @@ def test_other_labels_get_a_new_class_head(run, scenes, tmp_path, main_of_script
     model, _ = hf_querydet.load_detector(tmp_path / "last")
     assert set(model.config.id2label.values()) == {"disc", "box", "wedge", "sun"}
     assert model.class_head.out_features == 5
+
+
+def test_tracker_gets_the_loss_of_every_logged_step(scenes, tmp_path, main_of_script):
+    extra = ("--max-train-steps", 2, "--eval-split", "none", "--report-to", "tensorboard")
+    main_of_script(arguments(scenes, tmp_path, *extra))
+    (events,) = (tmp_path / "train_detector").glob("events.*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in accumulator.Scalars("loss")] == [1, 2]
 
 
 def test_output_directory_with_a_run_is_not_overwritten(run, scenes, main_of_script):

@@ -1,6 +1,7 @@
 import io
 import warnings
 
+import onnx
 import pytest
 import torch
 from msda_oracle import loop_oracle, random_inputs
@@ -368,7 +369,6 @@ def test_export_leaves_batch_and_sizes_open(kernel_mode, strict):
 
 
 def test_onnx_export_uses_operators_that_onnx_knows():
-    onnx = pytest.importorskip("onnx")  # extra `export`
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(FromMaps(), map_inputs(), dynamo=True, verbose=False)
