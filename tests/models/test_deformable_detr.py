@@ -126,6 +126,13 @@ def test_shared_class_head_of_a_refined_file_is_said_to_be_copied(tmp_path, capl
         assert head.class_head.weight is not heads[0].class_head.weight
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_said_about_files_that_are_complete(kind, tmp_path, caplog):
+    build(kind).save_pretrained(tmp_path)
+    DeformableDETRForObjectDetection.from_pretrained(tmp_path)
+    assert not caplog.records
+
+
 def test_separate_class_heads_of_a_refined_file_stay_separate(tmp_path):
     expected = peer("refine")
     for head in expected.class_embed[1:]:

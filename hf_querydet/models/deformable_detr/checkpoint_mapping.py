@@ -80,7 +80,8 @@ def share_class_head(model: PreTrainedModel, info: dict[str, Any]) -> None:
     ]
     others = set().union(*tensors[1:])
     absent = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    if model.config.two_stage or not others <= info["missing_keys"] or tensors[0] & absent:
+    is_shared = bool(others) and others <= info["missing_keys"] and not tensors[0] & absent
+    if model.config.two_stage or not is_shared:
         return
     for head in heads[1:]:
         head.class_head.load_state_dict(heads[0].class_head.state_dict())
