@@ -28,7 +28,7 @@ REQUIREMENTS = [
     "scipy>=1.13",
     "faster-coco-eval>=1.6.5",
     "huggingface_hub>=1.0",
-    "pillow>=10",
+    "pillow>=10.1",
     "typer>=0.12",
     "rich>=13",
 ]
