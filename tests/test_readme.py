@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 import hf_querydet
 from hf_querydet import VARIANTS
-from hf_querydet.demo import SHAPES
+from hf_querydet.demo import build_detector
 
 README = Path(hf_querydet.__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -20,10 +20,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 def in_prepared_directory(tmp_path, monkeypatch):
     """A model where the README has one, a dataset, and no Hub."""
     monkeypatch.chdir(tmp_path)
-    config = tiny_config(VARIANTS, "detr", id2label=dict(enumerate(SHAPES)), num_labels=4)
-    VARIANTS["detr"].detector(config).save_pretrained("demo")
-    size = {"shortest_edge": 160, "longest_edge": 160}
-    VARIANTS["detr"].image_processor(size=size).save_pretrained("demo")
+    for part in build_detector():
+        part.save_pretrained("demo")
+    VARIANTS["detr"].detector(tiny_config(VARIANTS, "detr")).save_pretrained("detr")
+    VARIANTS["detr"].image_processor().save_pretrained("detr")
     write_split(Path("my_pictures/train"), 4, seed=0)
     write_split(Path("my_pictures/validation"), 2, seed=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -35,7 +35,7 @@ def test_python_blocks_run_in_order(in_prepared_directory):
     names = {}
     for block in BLOCKS:
         # The one Hub id stands for a repository that the tests cannot reach.
-        exec(block.replace("facebook/detr-resnet-50", "demo"), names)
+        exec(block.replace("facebook/detr-resnet-50", "detr"), names)
     assert len(BLOCKS) >= 4
     assert len(names["results"]) == 2
     assert os.path.isdir("outputs/trainer")
