@@ -15,7 +15,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# Lower bounds are the oldest releases that the test suite passes with.
+# The bounds of torch, torchvision and transformers are the oldest that are supported;
+# `.ci/lower-bounds` runs the tests with them.
 REQUIREMENTS = [
     "torch>=2.11",
     "torchvision>=0.26",
