@@ -29,7 +29,8 @@ SUPERSAMPLING = 4
 MIN_VISIBLE_SHARE = 0.25
 
 SEED = 0
-HELD_OUT_SEED = 1
+# Not 1: the settings below were chosen by looking at scenes of that seed.
+HELD_OUT_SEED = 2
 NUM_STEPS = 850
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
