@@ -1,7 +1,7 @@
 """What every detector's configuration has in common: the backbone, the matching and the loss."""
 
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,6 +11,7 @@ from transformers.models.timm_backbone import TimmBackboneConfig
 # The ImageNet weights of the papers are torchvision's first ones. timm's plain "resnet50" points to
 # weights of a later recipe.
 DEFAULT_BACKBONE = "resnet50.tv_in1k"
+RESNET101 = "resnet101.tv_in1k"
 BACKBONE_NORMS = ("frozen", "batch")
 
 
@@ -66,6 +67,11 @@ class DetectorConfig(PreTrainedConfig):
     # count their stem as a stage and some do not.
     backbone_stages: ClassVar[tuple[int, ...]] = (-1,)
 
+    # Models of the variant's paper: what each of them changes of the defaults.
+    named_configurations: ClassVar[dict[str, dict[str, Any]]] = {"r50": {}}
+    # Of the papers' COCO models: category ids are used as they are, up to 90.
+    named_num_labels: ClassVar[int] = 91
+
     backbone_config: dict | PreTrainedConfig | None = None
     num_channels: int = 3
     use_pretrained_backbone: bool = False
@@ -81,6 +87,33 @@ class DetectorConfig(PreTrainedConfig):
     cls_loss_coefficient: float | int = 1.0
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0
+
+    @classmethod
+    def from_name(cls, name: str, **fields: Any) -> Self:
+        """Create the configuration of a model of the paper.
+
+        Labels are as many as the authors' models have on COCO, and a model built from the
+        configuration starts from pretrained backbone weights, as theirs did.
+
+        Args:
+            name: A key of ``named_configurations``, for example ``"r50"``.
+            **fields: Fields to set otherwise, for example ``id2label``, or
+                ``use_pretrained_backbone=False`` where nothing can be downloaded.
+
+        Raises:
+            ValueError: If the variant has no such model; the message lists those that it has.
+        """
+        if name not in cls.named_configurations:
+            raise ValueError(
+                f"{cls.__name__} has no model named {name!r}; "
+                f"choose one of {', '.join(cls.named_configurations)}."
+            )
+        defaults = {"use_pretrained_backbone": True} | cls.named_configurations[name]
+        if "id2label" not in fields:
+            defaults["num_labels"] = cls.named_num_labels
+        if "backbone_config" in fields:
+            defaults.pop("backbone", None)
+        return cls(**(defaults | fields))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import DetectorConfig
+from hf_querydet.configuration_utils import RESNET101, DetectorConfig
 
 POSITION_EMBEDDING_TYPES = ("sine", "learned")
 MAX_BACKBONE_STAGES = 3
@@ -17,9 +17,16 @@ NUM_GROUPS = 32
 class DeformableDETRConfig(DetectorConfig):
     """Configuration of a Deformable DETR detector; the defaults are the paper's R50 model.
 
-    The paper's other models: single scale ``num_feature_levels=1``, with DC5 also
-    ``dilation=True``, iterative refinement ``with_box_refine=True``, two-stage also
-    ``two_stage=True``. Fields that every detector has are described in
+    The paper's models by name, ``DeformableDETRConfig.from_name("r50-two-stage")``:
+
+    - ``"r50"``: four feature levels, the defaults.
+    - ``"r50-single-scale"``, ``"r50-single-scale-dc5"``: one level of stride 32 or 16.
+    - ``"r50-refine"``: with iterative box refinement.
+    - ``"r50-two-stage"``: refinement, and queries from the encoder's proposals.
+    - ``"r101-two-stage"``, ``"resnext101-two-stage"``: the same with deeper backbones. The paper's
+      best row also has deformable convolutions in its backbone, which timm does not offer.
+
+    Fields that every detector has are described in
     :class:`~hf_querydet.configuration_utils.DetectorConfig`.
 
     transformers' class differs from the authors in weights of matching and loss (its class terms
@@ -63,6 +70,19 @@ class DeformableDETRConfig(DetectorConfig):
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
+    }
+    named_configurations: ClassVar[dict[str, dict[str, Any]]] = {
+        "r50": {},
+        "r50-single-scale": {"num_feature_levels": 1},
+        "r50-single-scale-dc5": {"num_feature_levels": 1, "dilation": True},
+        "r50-refine": {"with_box_refine": True},
+        "r50-two-stage": {"with_box_refine": True, "two_stage": True},
+        "r101-two-stage": {"backbone": RESNET101, "with_box_refine": True, "two_stage": True},
+        "resnext101-two-stage": {
+            "backbone": "resnext101_64x4d.tv_in1k",
+            "with_box_refine": True,
+            "two_stage": True,
+        },
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,

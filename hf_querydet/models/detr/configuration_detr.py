@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import DetectorConfig
+from hf_querydet.configuration_utils import RESNET101, DetectorConfig
 
 POSITION_EMBEDDING_TYPES = ("sine", "learned")
 
@@ -13,8 +13,14 @@ POSITION_EMBEDDING_TYPES = ("sine", "learned")
 class DETRConfig(DetectorConfig):
     """Configuration of a DETR detector; the defaults are the paper's R50 model.
 
-    DC5 is ``dilation=True``, the deeper backbone ``backbone="resnet101.tv_in1k"``. Fields that
-    every detector has are described in :class:`~hf_querydet.configuration_utils.DetectorConfig`.
+    The paper's models (Table 1) by name, ``DETRConfig.from_name("r101-dc5")``:
+
+    - ``"r50"``: stride 32, the defaults.
+    - ``"r50-dc5"``: last stage dilated, stride 16 (``dilation=True``).
+    - ``"r101"``, ``"r101-dc5"``: the same with ResNet-101.
+
+    Fields that every detector has are described in
+    :class:`~hf_querydet.configuration_utils.DetectorConfig`.
 
     transformers' DETR sets ``attention_dropout`` and ``activation_dropout`` to 0; here they follow
     the authors' code, which applies its one dropout rate there too. The pre-norm option of the
@@ -44,6 +50,12 @@ class DETRConfig(DetectorConfig):
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
+    }
+    named_configurations: ClassVar[dict[str, dict[str, Any]]] = {
+        "r50": {},
+        "r50-dc5": {"dilation": True},
+        "r101": {"backbone": RESNET101},
+        "r101-dc5": {"backbone": RESNET101, "dilation": True},
     }
 
     encoder_layers: int = 6
