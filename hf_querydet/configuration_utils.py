@@ -69,6 +69,9 @@ class DetectorConfig(PreTrainedConfig):
 
     # Models of the variant's paper: what each of them changes of the defaults.
     named_configurations: ClassVar[dict[str, dict[str, Any]]] = {"r50": {}}
+    # What the authors print of their sizes: millions of parameters, and billions of multiply-adds
+    # averaged over pictures of their choice; None where they print nothing.
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {}
     # Of the papers' COCO models: category ids are used as they are, up to 90.
     named_num_labels: ClassVar[int] = 91
 

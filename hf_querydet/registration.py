@@ -112,6 +112,18 @@ def load_detector(
         ValueError: If the configuration is of none of the variants.
     """
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    variant = _stored_variant(name_or_path, hub_options)
+    model = variant.detector.from_pretrained(name_or_path, **kwargs)
+    return model, variant.image_processor.from_pretrained(name_or_path, **hub_options)
+
+
+def load_config(name_or_path: str | os.PathLike, **kwargs: Any) -> DetectorConfig:
+    """Load a detector's configuration, whichever variant it is; see :func:`load_detector`."""
+    hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    return _stored_variant(name_or_path, hub_options).config.from_pretrained(name_or_path, **kwargs)
+
+
+def _stored_variant(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> Variant:
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
     if not config:
         raise OSError(
@@ -124,8 +136,7 @@ def load_detector(
             f"{name_or_path} holds a model of type {config.get('model_type')!r}; this library has "
             f"{', '.join(sorted(VARIANTS))}."
         )
-    model = variant.detector.from_pretrained(name_or_path, **kwargs)
-    return model, variant.image_processor.from_pretrained(name_or_path, **hub_options)
+    return variant
 
 
 def variant_of(config: DetectorConfig) -> Variant:

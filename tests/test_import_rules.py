@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "evaluation": {"image_processing_utils", "ops"},
     "registration": {"models", *UTILS},
     "training": ABOVE_VARIANTS,
+    "model_info": {"registration", "configuration_utils"},
     "cli": EVERYTHING,
     "demo": EVERYTHING,
     "__init__": EVERYTHING,

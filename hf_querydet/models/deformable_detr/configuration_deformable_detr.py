@@ -84,6 +84,13 @@ class DeformableDETRConfig(DetectorConfig):
             "two_stage": True,
         },
     }
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
+        "r50": (40, 173),
+        "r50-single-scale": (34, 78),
+        "r50-single-scale-dc5": (34, 128),
+        "r50-refine": (41, 173),
+        "r50-two-stage": (41, 173),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "intermediate_boxes",

@@ -57,6 +57,12 @@ class DETRConfig(DetectorConfig):
         "r101": {"backbone": RESNET101},
         "r101-dc5": {"backbone": RESNET101, "dilation": True},
     }
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
+        "r50": (41, 86),
+        "r50-dc5": (41, 187),
+        "r101": (60, 152),
+        "r101-dc5": (60, 253),
+    }
 
     encoder_layers: int = 6
     encoder_attention_heads: int = 8

@@ -1,0 +1,196 @@
+"""Sizes against formulas written from the papers' descriptions, layer by layer."""
+
+import pytest
+from tiny import TINY_CONFIGS, tiny_config
+from typer.testing import CliRunner
+
+from hf_querydet import VARIANTS
+from hf_querydet.cli import app
+from hf_querydet.model_info import format_parts, format_sizes, model_info
+
+HEIGHT, WIDTH = 480, 637
+D, HEADS, POINTS, LABELS = 256, 8, 4, 91
+BLOCKS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
+
+
+# ---- multiply-adds by hand -----------------------------------------------------------------------
+
+
+def half(size):
+    return (size + 1) // 2
+
+
+def convolution(cells, in_channels, out_channels, kernel=1):
+    return cells * in_channels * out_channels * kernel**2
+
+
+def resnet(blocks, dilated=False):
+    """Multiply-adds of the whole network and (height, width) of its last three maps."""
+    height, width = half(HEIGHT), half(WIDTH)
+    total = convolution(height * width, 3, 64, kernel=7)
+    height, width = half(height), half(width)  # maximum pooling
+    in_channels, sizes = 64, []
+    for stage, depth in enumerate(blocks):
+        inner = 64 * 2**stage
+        for block in range(depth):
+            before = height * width
+            if block == 0 and stage > 0 and not (dilated and stage == 3):
+                height, width = half(height), half(width)
+            after = height * width
+            total += convolution(before, in_channels, inner)  # at the old resolution
+            total += convolution(after, inner, inner, kernel=3)
+            total += convolution(after, inner, 4 * inner)
+            if block == 0:
+                total += convolution(after, in_channels, 4 * inner)
+            in_channels = 4 * inner
+        sizes.append((height, width))
+    return total, sizes[1:]
+
+
+def attention(queries, keys):
+    """Four projections, scores, and the weighted sum."""
+    projections = 2 * queries * D**2 + 2 * keys * D**2
+    return projections + 2 * queries * keys * D
+
+
+def feed_forward(tokens, inner):
+    return 2 * tokens * D * inner
+
+
+def heads(queries, classes):
+    return queries * (D * classes + 2 * D**2 + 4 * D)
+
+
+def detr(backbone, dilated):
+    total, sizes = resnet(BLOCKS[backbone], dilated)
+    height, width = sizes[-1]
+    tokens, queries = height * width, 100
+    total += convolution(tokens, 2048, D)
+    total += 6 * (attention(tokens, tokens) + feed_forward(tokens, 2048))
+    total += 6 * (
+        attention(queries, queries) + attention(queries, tokens) + feed_forward(queries, 2048)
+    )
+    return total + heads(queries, LABELS + 1)
+
+
+def deformable_attention(queries, tokens, levels):
+    samples = HEADS * levels * POINTS
+    projections = tokens * D**2 + queries * D**2 + queries * D * 3 * samples
+    # Four corners of every sample, for the channels of one head.
+    return projections + queries * samples * 4 * (D // HEADS)
+
+
+def deformable_detr(backbone, levels=4, dilated=False, two_stage=False):
+    total, sizes = resnet(BLOCKS[backbone], dilated)
+    if levels == 1:
+        sizes = sizes[-1:]
+        total += convolution(sizes[0][0] * sizes[0][1], 2048, D)
+    else:
+        for (height, width), channels in zip(sizes, (512, 1024, 2048), strict=True):
+            total += convolution(height * width, channels, D)
+        height, width = half(sizes[-1][0]), half(sizes[-1][1])
+        total += convolution(height * width, 2048, D, kernel=3)
+        sizes = [*sizes, (height, width)]
+    tokens, queries = sum(height * width for height, width in sizes), 300
+    total += 6 * (deformable_attention(tokens, tokens, levels) + feed_forward(tokens, 1024))
+    layer = attention(queries, queries) + deformable_attention(queries, tokens, levels)
+    total += 6 * (layer + feed_forward(queries, 1024))
+    # Boxes of every layer, classes of the last.
+    total += 6 * heads(queries, 0) + queries * D * LABELS
+    if two_stage:
+        total += tokens * D**2 + heads(tokens, LABELS) + queries * (2 * D) ** 2
+    else:
+        total += queries * D * 2  # reference points
+    return total
+
+
+MULTIPLY_ADDS = {
+    ("detr", "r50"): lambda: detr("r50", dilated=False),
+    ("detr", "r50-dc5"): lambda: detr("r50", dilated=True),
+    ("detr", "r101"): lambda: detr("r101", dilated=False),
+    ("detr", "r101-dc5"): lambda: detr("r101", dilated=True),
+    ("deformable_detr", "r50"): lambda: deformable_detr("r50"),
+    ("deformable_detr", "r50-refine"): lambda: deformable_detr("r50"),
+    ("deformable_detr", "r50-single-scale"): lambda: deformable_detr("r50", levels=1),
+    ("deformable_detr", "r50-single-scale-dc5"): lambda: deformable_detr(
+        "r50", levels=1, dilated=True
+    ),
+    ("deformable_detr", "r50-two-stage"): lambda: deformable_detr("r50", two_stage=True),
+    ("deformable_detr", "r101-two-stage"): lambda: deformable_detr("r101", two_stage=True),
+}
+
+
+@pytest.mark.parametrize(("variant", "name"), MULTIPLY_ADDS)
+def test_multiply_adds_are_those_of_the_papers_layers(variant, name):
+    config = VARIANTS[variant].config.from_name(name)
+
+    counted = model_info(config, size=(HEIGHT, WIDTH)).multiply_adds
+
+    assert counted == pytest.approx(MULTIPLY_ADDS[variant, name](), rel=1e-3)
+
+
+# ---- the tool ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_parts_add_up_to_the_whole(name):
+    info = model_info(tiny_config(VARIANTS, name), size=(64, 96))
+
+    assert sum(part.parameters for part in info.parts.values()) == info.parameters
+    assert sum(part.multiply_adds for part in info.parts.values()) == info.multiply_adds
+    assert info.parts["backbone"].multiply_adds > 0
+
+
+def test_frozen_stages_are_not_trainable():
+    frozen = model_info(
+        VARIANTS["detr"].config.from_name("r50", frozen_backbone_stages=2), size=(64, 64)
+    )
+
+    assert frozen.parameters - frozen.trainable_parameters == 222_400
+
+
+def test_size_must_be_positive():
+    with pytest.raises(ValueError, match=r"size must be .* got \(0, 32\)"):
+        model_info(VARIANTS["detr"].config(), size=(0, 32))
+
+
+def test_table_shows_what_the_authors_print():
+    lines = format_sizes(["detr"], size=(64, 64)).splitlines()
+
+    assert lines[1].split()[:4] == ["detr", "r50", "41.52", "41"]
+    assert lines[1].split()[-1] == "86"
+
+
+def test_parts_of_a_model_as_a_table():
+    lines = format_parts(model_info(VARIANTS["detr"].config.from_name("r50"), size=(64, 64)))
+
+    assert lines.splitlines()[-2].split()[:2] == ["all", "41,524,768"]
+
+
+def test_command_describes_a_saved_model(tmp_path):
+    tiny_config(VARIANTS, "deformable_detr").save_pretrained(tmp_path)
+
+    result = CliRunner().invoke(app, ["info", str(tmp_path), "--height", "64", "--width", "96"])
+
+    assert result.exit_code == 0
+    assert "encoder_layers" in result.output
+
+
+def test_command_describes_a_named_model():
+    result = CliRunner().invoke(app, ["info", "detr", "--name", "r101", "--height", "64"])
+
+    assert "60,464,672" in result.output
+
+
+def test_command_names_the_models_that_there_are():
+    result = CliRunner().invoke(app, ["info", "detr", "--name", "r34"])
+
+    assert result.exit_code == 2
+    assert "has no model named 'r34'" in result.output
+
+
+def test_command_says_that_a_directory_holds_no_model(tmp_path):
+    result = CliRunner().invoke(app, ["info", str(tmp_path)])
+
+    assert result.exit_code == 2
+    assert "config.json" in result.output
