@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import describe_machine
+from measuring import describe_machine
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import set_seed

@@ -16,20 +16,16 @@ On a GPU, `authors` is the authors' algorithm (ms_deform_attn_baseline.cu).
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
-import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
+from measuring import describe_machine, median_ratio, peak_extra_bytes, seconds_per_call
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention,
@@ -129,49 +125,6 @@ def implementations(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor],
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_per_call(run: Callable[[], object], device: str, calls: int) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    synchronize(device)
-    return (time.perf_counter() - start) / calls
-
-
-def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
-    """Memory at the worst moment of a call, beyond its inputs and its results."""
-    results = run()
-    results = [results] if isinstance(results, Tensor) else results
-    result_bytes = sum(result.nbytes for result in results)
-    del results
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - result_bytes
-    # Give freed memory back, so that it cannot be reused unseen; then let Linux forget the peak.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    run()
-    return max(0, _status_bytes("VmHWM") - before - result_bytes)
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
-
-
 def read_bandwidth(num_bytes: int, device: str) -> float:
     """Bytes per second of adding up an array again and again; on the CPU one array per thread."""
     array = torch.ones(num_bytes // 4, device=device)
@@ -227,9 +180,9 @@ def measure_case(
         }
         for other in ("transformers", "authors"):
             if other in times and other != name:
-                pairs = zip(times[other], times[name], strict=True)
-                ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-                results[name][f"times_faster_than_{other}"] = ratio
+                results[name][f"times_faster_than_{other}"] = median_ratio(
+                    times[other], times[name]
+                )
     return results
 
 
@@ -251,13 +204,6 @@ def print_case(title: str, results: dict[str, dict]) -> None:
     sys.stdout.flush()
 
 
-def processor_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -272,13 +218,8 @@ def main() -> None:
     on_cpu = options.device == "cpu"
     report = {
         "command": shlex.join(["python", *sys.argv]),
-        "note": options.note,
-        "processor": processor_name() if on_cpu else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **describe_machine(options.note, options.device),
         "flags": extension.compiler_flags(options.device),
-        "other_load_at_start": Path("/proc/loadavg").read_text().split()[0],
         "cases": [],
     }
     # A (batch, head) has a map of its own; what a thread reads again and again is one of these.

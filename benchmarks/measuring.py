@@ -1,0 +1,93 @@
+"""Time, memory, and what a measured number depends on."""
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+
+def processor_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def describe_machine(note: str = "", device: str = "cpu") -> dict[str, Any]:
+    """Hardware and versions for the head of a report; `note` says what else the machine did."""
+    on_cpu = device == "cpu"
+    return {
+        "note": note,
+        "processor": processor_name() if on_cpu else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "other_load_at_start": Path("/proc/loadavg").read_text().split()[0],
+    }
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_per_call(run: Callable[[], object], device: str = "cpu", calls: int = 1) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round; they take turns, so that other load meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds_per_call(run, device))
+    return times
+
+
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times faster ours are: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
+    """Memory at the worst moment of a call, beyond its inputs and the tensors it returns."""
+    results = run()
+    results = [results] if isinstance(results, Tensor) else results or []
+    result_bytes = sum(result.nbytes for result in results)
+    del results
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - result_bytes
+    # Give freed memory back, so that it cannot be reused unseen; then let Linux forget the peak.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before - result_bytes)
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
