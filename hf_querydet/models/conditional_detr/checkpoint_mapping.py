@@ -1,9 +1,9 @@
 """Names of Conditional DETR's tensors in transformers' files.
 
-Left: a regular expression for the name in a file of transformers, both the layout that its fifth
-version writes and the one of older repositories on the Hub, where the decoder's projections have
-the names of the authors (``sa_`` self-attention, ``ca_`` cross-attention). Right: the name here.
-None of the expressions matches a name of ours.
+Left: a regular expression for the name in a file of transformers, both in the layout of its fifth
+version's modules and in that of repositories on the Hub, where the decoder's projections have the
+names of the authors (``sa_`` self-attention, ``ca_`` cross-attention). Right: the name here. None
+of the expressions matches a name of ours.
 """
 
 from hf_querydet.checkpoint_mapping_utils import TRANSFORMERS_ATTENTION, TRANSFORMERS_BACKBONE
