@@ -1,5 +1,6 @@
 """Conditional DETR against transformers', against the authors, and what only this paper claims."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -290,6 +291,58 @@ def test_encoder_input_has_no_dropout():
     actual = model.train()(**batch, output_hidden_states=True).encoder_hidden_states
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0)
     assert not torch.allclose(actual[1], expected[1])
+
+
+def test_stem_and_first_stage_of_a_loaded_backbone_are_frozen(tmp_path):
+    peer("timm").save_pretrained(tmp_path)
+    backbone = ConditionalDETRForObjectDetection.from_pretrained(tmp_path).model.backbone
+    frozen, trained = set(), set()
+    for name, parameter in backbone.body._backbone.named_parameters():
+        (trained if parameter.requires_grad else frozen).add(name.split(".")[0])
+    assert frozen == {"conv1", "layer1"}
+    assert trained == {"layer2", "layer3", "layer4"}
+
+
+HUB_CONFIG = {
+    # The form of configuration files on the Hub, which transformers 4 wrote.
+    "model_type": "conditional_detr",
+    "architectures": ["ConditionalDetrForObjectDetection"],
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "auxiliary_loss": False,
+    "backbone": "resnet101",
+    "backbone_config": None,
+    "bbox_cost": 5,
+    "class_cost": 2,
+    "cls_loss_coefficient": 2,
+    "dice_loss_coefficient": 1,
+    "dilation": True,
+    "focal_alpha": 0.25,
+    "id2label": {"0": "N/A", "1": "person", "2": "bicycle"},
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "label2id": {"N/A": 0, "person": 1, "bicycle": 2},
+    "mask_loss_coefficient": 1,
+    "num_hidden_layers": 6,
+    "num_queries": 120,
+    "scale_embedding": False,
+    "torch_dtype": "float32",
+    "use_timm_backbone": True,
+}
+
+
+def test_configuration_of_the_hub_is_read_with_our_defaults(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
+
+    config = ConditionalDETRConfig.from_pretrained(tmp_path)
+
+    backbone = config.backbone_config
+    assert (backbone.backbone, backbone.output_stride) == ("resnet101", 16)
+    assert (config.num_queries, config.num_labels, config.id2label[2]) == (120, 3, "bicycle")
+    assert (config.encoder_layers, config.hidden_size) == (6, 256)
+    assert (config.backbone_norm, config.frozen_backbone_stages) == ("frozen", 2)
+    assert config.auxiliary_loss
+    assert not config.is_encoder_decoder
 
 
 def test_auxiliary_loss_of_transformers_default_is_not_taken_for_a_choice(tmp_path):

@@ -72,7 +72,7 @@ class ConditionalCrossAttention(nn.Module):
         num_heads: Number of heads, a divisor of ``hidden_size``.
         dropout: Dropout on the attention weights.
         add_positions: Also add positions to the content parts, as the authors' code does in the
-            first decoder layer, whose queries have no content yet.
+            first decoder layer, whose queries have seen nothing of the picture yet.
     """
 
     def __init__(

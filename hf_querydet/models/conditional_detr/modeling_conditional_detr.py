@@ -1,14 +1,14 @@
 """Conditional DETR for fast training convergence (arXiv:2108.06152).
 
-A decoder query of DETR finds the edges of its object by content alone, because content and position
-are added before they meet the keys; learning that takes most of DETR's 500 epochs. Conditional DETR
-lets each query ask for a place directly. What differs from DETR:
+In DETR's cross-attention, the content of a query has to tell where the ends of its object are, and
+content that can do so takes hundreds of epochs to learn. Here a query also says where it looks, in
+a part of its own. What differs from DETR:
 
-- Every object query predicts a reference point, and its box is placed around that point.
+- Every object query predicts a reference point, and its boxes are placed around that point.
 - In cross-attention, content and spatial parts stand side by side, so each has a score of its own.
-- The spatial query is the sine embedding of the reference point, scaled channel by channel by what
-  the query has found so far. This is the condition: a head can shift and narrow the region that it
-  looks at, for instance to one side of the object.
+- The spatial part of a query is the sine embedding of its reference point, scaled channel by
+  channel by what the query has found so far. This is the condition: each head can turn to another
+  region near the point, for instance to one side of the object.
 - Classes are independent sigmoids with focal loss, for 300 queries.
 """
 
