@@ -3,6 +3,12 @@
 Importing the package registers every detector with transformers' Auto classes and pipelines.
 """
 
+from hf_querydet.models.conditional_detr import (
+    ConditionalDETRConfig,
+    ConditionalDETRForObjectDetection,
+    ConditionalDETRImageProcessor,
+    ConditionalDETRModel,
+)
 from hf_querydet.models.deformable_detr import (
     DeformableDETRConfig,
     DeformableDETRForObjectDetection,
@@ -21,6 +27,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "ConditionalDETRConfig",
+    "ConditionalDETRForObjectDetection",
+    "ConditionalDETRImageProcessor",
+    "ConditionalDETRModel",
     "DETRConfig",
     "DETRForObjectDetection",
     "DETRImageProcessor",

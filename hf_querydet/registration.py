@@ -22,6 +22,16 @@ from hf_querydet.checkpoint_mapping_utils import weight_renamings
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.conditional_detr import (
+    ConditionalDETRConfig,
+    ConditionalDETRForObjectDetection,
+    ConditionalDETRImageProcessor,
+    ConditionalDETRModel,
+)
+from hf_querydet.models.conditional_detr.checkpoint_mapping import (
+    TRANSFORMERS_NAMES as CONDITIONAL_DETR_NAMES,
+)
+from hf_querydet.models.conditional_detr.recipe import RECIPE as CONDITIONAL_DETR_RECIPE
 from hf_querydet.models.deformable_detr import (
     DeformableDETRConfig,
     DeformableDETRForObjectDetection,
@@ -91,6 +101,14 @@ VARIANTS: dict[str, Variant] = {
             "statistics from the whole padded map, the extra level's convolution sees the "
             "padding's border, and two-stage proposals may come from padded tokens."
         ),
+    ),
+    "conditional_detr": Variant(
+        config=ConditionalDETRConfig,
+        model=ConditionalDETRModel,
+        detector=ConditionalDETRForObjectDetection,
+        image_processor=ConditionalDETRImageProcessor,
+        recipe=CONDITIONAL_DETR_RECIPE,
+        transformers_names=CONDITIONAL_DETR_NAMES,
     ),
 }
 

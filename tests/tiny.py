@@ -37,6 +37,16 @@ TINY_CONFIGS = {
         "decoder_ffn_dim": 40,
         "decoder_n_points": 2,
     },
+    "conditional_detr": {
+        "num_queries": 5,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+    },
 }
 NUM_LABELS = 3
 

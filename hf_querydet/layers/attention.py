@@ -55,6 +55,44 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with every head, by the implementation that the configuration names.
+
+    Args:
+        module: The calling attention module. Its ``config`` is read here only, because
+            ``set_attn_implementation`` may change it at any time; its ``dropout`` acts on the
+            weights.
+        query: (batch, num_queries, heads, key_size).
+        key: (batch, num_keys, heads, key_size).
+        value: (batch, num_keys, heads, value_size).
+        attention_mask: See :func:`attention_mask_from_padding`.
+
+    Returns:
+        (batch, num_queries, heads * value_size), and the weights (batch, heads, num_queries,
+        num_keys) where the attention implementation returns them ("eager"), else None.
+    """
+    attention_forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    output, weights = attention_forward(
+        module,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        dropout=module.dropout if module.training else 0.0,
+        scaling=query.shape[-1] ** -0.5,
+        is_causal=False,
+    )
+    return output.flatten(2), weights
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention of DETR (arXiv:2005.12872, Appendix A.1).
 
@@ -62,22 +100,18 @@ class MultiHeadAttention(nn.Module):
     as query and key. Self-attention passes the same tokens three times.
 
     Args:
-        config: Read in ``forward`` only, for the attention implementation, which
-            ``set_attn_implementation`` may change at any time.
+        config: For the attention implementation only, see :func:`attend`.
         hidden_size: Channels of query, key, value and output.
         num_heads: Number of heads, a divisor of ``hidden_size``.
         dropout: Dropout on the attention weights.
     """
-
-    is_causal = False
 
     def __init__(
         self, config: PreTrainedConfig, *, hidden_size: int, num_heads: int, dropout: float
     ) -> None:
         super().__init__()
         self.config = config
-        self.head_size = hidden_size // num_heads
-        self.scaling = self.head_size**-0.5
+        self.num_heads = num_heads
         self.dropout = dropout
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
@@ -96,22 +130,16 @@ class MultiHeadAttention(nn.Module):
             attention_mask: See :func:`attention_mask_from_padding`.
 
         Returns:
-            (batch, num_queries, hidden_size), and the weights (batch, heads, num_queries, num_keys)
-            where the attention implementation returns them ("eager"), else None.
+            (batch, num_queries, hidden_size), and the weights of :func:`attend`.
         """
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         output, weights = attend(
             self,
             self._split_heads(self.q_proj(query)),
             self._split_heads(self.k_proj(key)),
             self._split_heads(self.v_proj(value)),
             attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
         )
-        return self.out_proj(output.flatten(2)), weights
+        return self.out_proj(output), weights
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return tokens.unflatten(-1, (self.num_heads, -1))

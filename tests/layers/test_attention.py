@@ -3,7 +3,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from_padding
+from hf_querydet.layers.attention import (
+    MultiHeadAttention,
+    attend,
+    attention_mask_from_padding,
+)
 
 BATCH, NUM_QUERIES, NUM_KEYS, HEADS, HIDDEN = 2, 3, 5, 3, 12
 PADDING_MASK = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
@@ -60,6 +64,25 @@ def test_eager_attention_returns_the_weights_of_every_head():
     # The softmax is computed in float32 whatever the input.
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
     assert (weights[1, :, :, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_keys_and_values_of_a_head_may_have_unlike_sizes(implementation):
+    caller = attention(implementation)
+    query = torch.randn(BATCH, NUM_QUERIES, HEADS, 6, dtype=torch.float64)
+    key = torch.randn(BATCH, NUM_KEYS, HEADS, 6, dtype=torch.float64)
+    value = torch.randn(BATCH, NUM_KEYS, HEADS, 4, dtype=torch.float64)
+
+    output, _ = attend(caller, query, key, value, attention_mask_from_padding(PADDING_MASK))
+
+    for picture in range(BATCH):
+        for head in range(HEADS):
+            keys = ~PADDING_MASK[picture]
+            scores = query[picture, :, head] @ key[picture, keys, head].T / 6**0.5
+            expected = scores.softmax(-1) @ value[picture, keys, head]
+            actual = output[picture].view(NUM_QUERIES, HEADS, 4)[:, head]
+            # The eager softmax is computed in float32 whatever the input.
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sdpa_returns_no_weights():

@@ -17,6 +17,10 @@ PARAMETERS = {
     ("deformable_detr", "r50-single-scale-dc5"): 34_066_593,
     ("deformable_detr", "r50-refine"): 40_849_660,
     ("deformable_detr", "r50-two-stage"): 41_181_529,
+    ("conditional_detr", "r50"): 43_418_401,
+    ("conditional_detr", "r50-dc5"): 43_418_401,
+    ("conditional_detr", "r101"): 62_358_305,
+    ("conditional_detr", "r101-dc5"): 62_358_305,
 }
 # Of the paper's stem and first stage, which it freezes.
 FROZEN = 222_400
