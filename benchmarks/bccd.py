@@ -44,6 +44,7 @@ FEED_FORWARD = {"encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
 SETTINGS: dict[str, dict[str, Any]] = {
     "detr": LAYERS | ATTENTION | FEED_FORWARD,
     "deformable_detr": LAYERS | ATTENTION | FEED_FORWARD | {"with_box_refine": True},
+    "conditional_detr": LAYERS | ATTENTION | FEED_FORWARD,
 }
 # transformers' classes of the same variants; the other four exist in no other library of its kind.
 PEERS = {

@@ -73,6 +73,23 @@ def detr(backbone, dilated):
     return total + heads(queries, LABELS + 1)
 
 
+def conditional_detr(backbone, dilated):
+    total, sizes = resnet(BLOCKS[backbone], dilated)
+    height, width = sizes[-1]
+    tokens, queries = height * width, 300
+    total += convolution(tokens, 2048, D)
+    total += 6 * (attention(tokens, tokens) + feed_forward(tokens, 2048))
+    # Content and position of queries and keys, values and output have a projection each.
+    total += 6 * (6 * queries * D**2 + 2 * queries**2 * D + feed_forward(queries, 2048))
+    # Across: three projections of the tokens, three of the queries and one more in the first layer;
+    # keys have twice the channels of values.
+    total += 6 * (3 * tokens * D**2 + 3 * queries * D**2 + 3 * queries * tokens * D)
+    total += queries * D**2
+    total += 5 * 2 * queries * D**2  # the scale of the spatial query, from the second layer on
+    total += queries * (D**2 + 2 * D)  # reference points
+    return total + heads(queries, LABELS)
+
+
 def deformable_attention(queries, tokens, levels):
     samples = HEADS * levels * POINTS
     projections = tokens * D**2 + queries * D**2 + queries * D * 3 * samples
@@ -109,6 +126,10 @@ MULTIPLY_ADDS = {
     ("detr", "r50-dc5"): lambda: detr("r50", dilated=True),
     ("detr", "r101"): lambda: detr("r101", dilated=False),
     ("detr", "r101-dc5"): lambda: detr("r101", dilated=True),
+    ("conditional_detr", "r50"): lambda: conditional_detr("r50", dilated=False),
+    ("conditional_detr", "r50-dc5"): lambda: conditional_detr("r50", dilated=True),
+    ("conditional_detr", "r101"): lambda: conditional_detr("r101", dilated=False),
+    ("conditional_detr", "r101-dc5"): lambda: conditional_detr("r101", dilated=True),
     ("deformable_detr", "r50"): lambda: deformable_detr("r50"),
     ("deformable_detr", "r50-refine"): lambda: deformable_detr("r50"),
     ("deformable_detr", "r50-single-scale"): lambda: deformable_detr("r50", levels=1),

@@ -60,6 +60,12 @@ class ConditionalDETRConfig(DetectorConfig):
         "r101": {"backbone": RESNET101},
         "r101-dc5": {"backbone": RESNET101, "dilation": True},
     }
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
+        "r50": (44, 90),
+        "r50-dc5": (44, 195),
+        "r101": (63, 156),
+        "r101-dc5": (63, 262),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "reference_points",
