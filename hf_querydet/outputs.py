@@ -45,10 +45,13 @@ class SetPredictions(ModelOutput):
         logits: (layers, batch, num_queries, num_classes), raw; softmax detectors have one class
             more than labels, the last being "no object".
         pred_boxes: (layers, batch, num_queries, 4), normalised cxcywh in [0, 1].
+        is_usable: (batch, num_queries), False = no prediction: never assigned to an object and
+            without a loss, in every layer. None if all are predictions.
     """
 
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
+    is_usable: Tensor | None = None
 
 
 @dataclass
