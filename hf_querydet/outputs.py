@@ -92,3 +92,13 @@ class DetectionOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep what a pipeline can cut into pictures.
+
+        It rebuilds the output with the entry ``target_size`` and then cuts every entry along its
+        first dimension, which counts layers in several of those here.
+        """
+        if isinstance(self.loss, dict) and "target_size" in self.loss:
+            self.loss = {name: self.loss[name] for name in ("target_size", "logits", "pred_boxes")}
+        super().__post_init__()
