@@ -20,7 +20,6 @@ import json
 import platform
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def train(name: str, batch: dict[str, Any], id2label: dict[int, str], args: argp
         model, recipe, learning_rate=args.learning_rate, backbone_learning_rate_factor=1.0
     )
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
-    losses, precisions, started = [], [], time.perf_counter()
+    losses, precisions = [], []
     for step in range(1, args.steps + 1):
         model.train()
         outputs = model(**batch)
@@ -85,11 +84,7 @@ def train(name: str, batch: dict[str, Any], id2label: dict[int, str], args: argp
         if step % args.eval_steps == 0 or step == args.steps:
             precisions.append([step, round(precision(model, processor, batch, id2label), 4)])
             print(f"{name:18} step {step:4}  loss {loss:7.3f}  AP50 {precisions[-1][1]:.3f}")
-    return {
-        "loss_per_step": losses,
-        "ap50_by_step": precisions,
-        "seconds": round(time.perf_counter() - started),
-    }
+    return {"loss_per_step": losses, "ap50_by_step": precisions}
 
 
 @torch.no_grad()
@@ -126,7 +121,7 @@ def main() -> None:
     pictures = Subset(data.with_processor(processor), range(NUM_PICTURES))
     batch = dict(DetectionCollator(processor)(list(pictures)))
     result = {
-        # The path is this machine's; the name is what identifies the data.
+        # Without the path, which says nothing elsewhere.
         "command": shlex.join(
             ["python", "benchmarks/efficient_detr_overfit.py", "DATASET", *sys.argv[2:]]
         ),

@@ -190,6 +190,24 @@ def test_dense_loss_is_the_set_loss_of_the_usable_tokens(labels):
     )
 
 
+def test_object_is_matched_to_a_usable_token_even_where_a_padded_one_has_its_box():
+    model = perturb(build()).eval()
+    batch = small_padded_batch()
+    dense = forward(model, **batch).encoder_predictions
+    usable = dense.is_usable[1]
+    boxes = dense.pred_boxes[0, 1, ~usable][:1]
+    labels = [no_objects(), {"class_labels": torch.tensor([0]), "boxes": boxes}]
+
+    terms = model(**batch, labels=labels).loss_dict
+
+    distances = [oracles.l1(box, boxes[0].tolist()) for box in dense.pred_boxes[0, 1].tolist()]
+    of_usable = [
+        distance for distance, fits in zip(distances, usable.tolist(), strict=True) if fits
+    ]
+    assert min(distances) == 0
+    assert terms["loss_bbox_enc"] >= min(of_usable) > 0
+
+
 def test_unusable_tokens_get_no_gradient_from_the_dense_loss():
     model = perturb(build()).eval()
     outputs = model(**small_padded_batch(), labels=tiny_labels())

@@ -49,8 +49,6 @@ CELL_CENTER = -0.5
 # Side of the box around a reference point, to which the first decoder layer's deltas are added:
 # sigmoid(-2), as large as the first boxes of Deformable DETR.
 POINT_BOX_SIZE = 1 / (1 + math.exp(2))
-# Of a box that stands where a picture has too few usable tokens.
-NO_BOX = 0.5
 
 
 @dataclass
@@ -311,9 +309,9 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             best, usable_queries = self._best_tokens(dense)
 
         # Queries: where they start, and as what
-        points, boxes = self._references(dense, best, usable_queries, memory.shape[0])
+        points, boxes = self._references(dense, best, memory.shape[0])
         reference_points, reference_boxes = points, boxes
-        object_queries = self._contents(memory, best, usable_queries)
+        object_queries = self._contents(memory, best)
         query_positions = self._positions(points if boxes is None else boxes, memory.dtype)
 
         # Sparse part: the decoder
@@ -370,8 +368,6 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
         anchors, is_usable = encoder_proposals(
             features.spatial_shapes, features.valid_ratios, features.padding_mask
         )
-        # On padding they lie beyond the picture, where a box has no logit.
-        anchors = anchors.masked_fill(~is_usable[..., None], NO_BOX)
         head = self.heads[0 if self.config.share_head else -1]
         tokens = self.memory_norm(self.memory_projection(memory))
         return SetPredictions(
@@ -394,18 +390,14 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
         return best, dense.is_usable.gather(1, best)
 
     def _references(
-        self,
-        dense: SetPredictions | None,
-        best: Tensor | None,
-        usable_queries: Tensor | None,
-        batch_size: int,
+        self, dense: SetPredictions | None, best: Tensor | None, batch_size: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Points (batch, num_queries, 2) or boxes (batch, num_queries, 4), float32."""
         kind, num_queries = self.config.reference_point_init, self.config.num_queries
         if kind == "dense":
             # Detached: the dense loss alone trains the dense boxes.
-            boxes = dense.pred_boxes[0].detach().gather(1, best[..., None].expand(-1, -1, 4))
-            return None, boxes.masked_fill(~usable_queries[..., None], NO_BOX)
+            boxes = dense.pred_boxes[0].detach()
+            return None, boxes.gather(1, best[..., None].expand(-1, -1, 4))
         if kind == "learnable":
             points = self.reference_point_embeddings.weight
             points = points.to(torch.promote_types(points.dtype, torch.float32)).sigmoid()[None]
@@ -416,21 +408,14 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             points = points[:, : best.shape[1]]
         return points.expand(batch_size, -1, -1), None
 
-    def _contents(
-        self, memory: Tensor, best: Tensor | None, usable_queries: Tensor | None
-    ) -> Tensor:
+    def _contents(self, memory: Tensor, best: Tensor | None) -> Tensor:
         """What the queries start as, (batch, num_queries, d_model)."""
         if self.config.query_init == "dense":
             # Not detached: the sparse loss trains the encoder through its features.
-            queries = memory.gather(1, best[..., None].expand(-1, -1, memory.shape[-1]))
-        else:
-            queries = self.query_embeddings.weight.to(memory.dtype)
-            queries = queries[: None if best is None else best.shape[1]]
-            queries = queries.expand(memory.shape[0], -1, -1)
-        if usable_queries is None:
-            return queries
-        # Nothing of a padded token's features goes on.
-        return queries.masked_fill(~usable_queries[..., None], 0.0)
+            return memory.gather(1, best[..., None].expand(-1, -1, memory.shape[-1]))
+        queries = self.query_embeddings.weight.to(memory.dtype)
+        queries = queries[: None if best is None else best.shape[1]]
+        return queries.expand(memory.shape[0], -1, -1)
 
     def _positions(self, references: Tensor, dtype: torch.dtype) -> Tensor:
         """Position part of the queries from their references, for all decoder layers."""
