@@ -343,6 +343,13 @@ def test_more_objects_than_queries_train(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_the_100_best_pairs_of_query_and_class_are_detected():
+    outputs = SetPredictions(logits=torch.randn(1, 60, 4), pred_boxes=torch.rand(1, 60, 4))
+    (found,) = EfficientDETRImageProcessor().post_process_object_detection(outputs, 0.0)
+    expected = sorted(map(oracles.sigmoid, outputs.logits.flatten().tolist()), reverse=True)
+    torch.testing.assert_close(found["scores"], torch.tensor(expected[:100]))
+
+
 # ---- where queries start -------------------------------------------------------------------------
 
 

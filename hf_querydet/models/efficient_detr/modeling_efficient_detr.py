@@ -163,7 +163,8 @@ class EfficientDETRPreTrainedModel(DetectorPreTrainedModel):
 
         It is round(k0 + (k1 - k0) * progress) from k0 = ``config.num_queries_train_start`` to k1 =
         ``config.num_queries``, one number for the whole batch; always k1 without a start or outside
-        of training. A model that is told nothing is as at the end.
+        of training. A model that is told nothing is as at the end. ``torch.compile`` compiles
+        training steps anew for every number.
 
         Args:
             progress: Share of the run that is done, 0 to 1.
@@ -309,7 +310,7 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             best, usable_queries = self._best_tokens(dense)
 
         # Queries: where they start, and as what
-        points, boxes = self._references(dense, best, memory.shape[0])
+        points, boxes = self._references(memory, dense, best)
         reference_points, reference_boxes = points, boxes
         object_queries = self._contents(memory, best)
         query_positions = self._positions(points if boxes is None else boxes, memory.dtype)
@@ -390,10 +391,10 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
         return best, dense.is_usable.gather(1, best)
 
     def _references(
-        self, dense: SetPredictions | None, best: Tensor | None, batch_size: int
+        self, memory: Tensor, dense: SetPredictions | None, best: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Points (batch, num_queries, 2) or boxes (batch, num_queries, 4), float32."""
-        kind, num_queries = self.config.reference_point_init, self.config.num_queries
+        kind = self.config.reference_point_init
         if kind == "dense":
             # Detached: the dense loss alone trains the dense boxes.
             boxes = dense.pred_boxes[0].detach()
@@ -402,11 +403,11 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             points = self.reference_point_embeddings.weight
             points = points.to(torch.promote_types(points.dtype, torch.float32)).sigmoid()[None]
         else:
-            points = initial_reference_points(kind, num_queries, self.device)
+            points = initial_reference_points(kind, self.config.num_queries, memory.device)
         if best is not None:
             # A small picture may have fewer tokens than there are points.
             points = points[:, : best.shape[1]]
-        return points.expand(batch_size, -1, -1), None
+        return points.expand(memory.shape[0], -1, -1), None
 
     def _contents(self, memory: Tensor, best: Tensor | None) -> Tensor:
         """What the queries start as, (batch, num_queries, d_model)."""
