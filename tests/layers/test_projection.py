@@ -69,17 +69,17 @@ def test_features_are_tokens_of_all_levels_with_place_level_and_padding():
     level_embeddings = torch.nn.Embedding(4, 64)
     inputs = maps()
     pixel_mask = torch.ones(2, 36, 56, dtype=torch.int64)
-    pixel_mask[1, 20:] = pixel_mask[1, :, 30:] = 0
+    pixel_mask[1, 15:] = pixel_mask[1, :, 30:] = 0
     masks = [torch.zeros(2, *hw, dtype=torch.bool) for hw in SIZES]
-    for mask, (height, width) in zip(masks, [(5, 8), (3, 4), (2, 3)], strict=True):
+    for mask, (height, width) in zip(masks, [(4, 8), (3, 4), (2, 3)], strict=True):
         mask[1, height:] = mask[1, :, width:] = True
 
     features = project_features(
         list(zip(inputs, masks, strict=True)), pixel_mask, projection, add_ramp, level_embeddings
     )
 
-    # Rows 0 and 18, columns 0 and 28 of the pixel mask, all inside the picture.
-    masks.append(torch.zeros(2, 2, 2, dtype=torch.bool))
+    # Rows 0 and 18, columns 0 and 28 of the pixel mask; not rows 0 and 1 of the coarsest map's.
+    masks.append(torch.tensor([[[False, False], [False, False]], [[False, False], [True, True]]]))
     start = 0
     for level, expected in enumerate(projection(inputs)):
         height, width = expected.shape[2:]
@@ -96,7 +96,7 @@ def test_features_are_tokens_of_all_levels_with_place_level_and_padding():
                 )
         start += height * width
     assert features.tokens.shape == (2, start, 64)
-    expected_ratios = [[8 / 14, 5 / 9], [4 / 7, 3 / 5], [3 / 4, 2 / 3], [1, 1]]
+    expected_ratios = [[8 / 14, 4 / 9], [4 / 7, 3 / 5], [3 / 4, 2 / 3], [1, 1 / 2]]
     torch.testing.assert_close(features.valid_ratios[1], torch.tensor(expected_ratios))
     torch.testing.assert_close(features.valid_ratios[0], torch.ones(4, 2))
 
