@@ -195,6 +195,8 @@ def train_one_epoch(
     losses, started = [], time.perf_counter()
     for batch in batches:
         progress.batch += 1
+        # For what changes during training, such as Efficient DETR's number of queries.
+        accelerator.unwrap_model(model).set_training_progress(progress.step / num_steps)
         with accelerator.accumulate(model):
             outputs = model(**batch)
             check_finite(outputs, batch, progress.step)

@@ -21,6 +21,12 @@ from hf_querydet.models.detr import (
     DETRImageProcessor,
     DETRModel,
 )
+from hf_querydet.models.efficient_detr import (
+    EfficientDETRConfig,
+    EfficientDETRForObjectDetection,
+    EfficientDETRImageProcessor,
+    EfficientDETRModel,
+)
 from hf_querydet.registration import VARIANTS, load_detector, register, variant_of
 
 __version__ = "0.1.0"
@@ -39,6 +45,10 @@ __all__ = [
     "DeformableDETRForObjectDetection",
     "DeformableDETRImageProcessor",
     "DeformableDETRModel",
+    "EfficientDETRConfig",
+    "EfficientDETRForObjectDetection",
+    "EfficientDETRImageProcessor",
+    "EfficientDETRModel",
     "load_detector",
     "variant_of",
 ]

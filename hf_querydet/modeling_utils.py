@@ -101,6 +101,17 @@ class DetectorPreTrainedModel(PreTrainedModel):
             attn_implementation = {"": attn_implementation}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
+    def set_training_progress(self, progress: float) -> None:
+        """Say how much of a training run is done, before each optimizer step.
+
+        Of no effect unless a variant has something that changes during training. Training loops of
+        this library call it with steps done / steps of the run, so that a resumed run goes on where
+        it was; a loop of your own should call it on the unwrapped model.
+
+        Args:
+            progress: 0 at the first step, 1 at the end.
+        """
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # In classes outside its package, transformers passes over modules without tensors of their
         # own, to protect loaded tensors from in-place initialisation. Blocks would keep the values

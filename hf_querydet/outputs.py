@@ -45,10 +45,13 @@ class SetPredictions(ModelOutput):
         logits: (layers, batch, num_queries, num_classes), raw; softmax detectors have one class
             more than labels, the last being "no object".
         pred_boxes: (layers, batch, num_queries, 4), normalised cxcywh in [0, 1].
+        is_usable: (batch, num_queries), False = no prediction: never assigned to an object and
+            without a loss, in every layer. None if all are predictions.
     """
 
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
+    is_usable: Tensor | None = None
 
 
 @dataclass
@@ -89,3 +92,13 @@ class DetectionOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Keep what a pipeline can cut into pictures.
+
+        It rebuilds the output with the entry ``target_size`` and then cuts every entry along its
+        first dimension, which counts layers in several of those here.
+        """
+        if isinstance(self.loss, dict) and "target_size" in self.loss:
+            self.loss = {name: self.loss[name] for name in ("target_size", "logits", "pred_boxes")}
+        super().__post_init__()

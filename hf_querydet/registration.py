@@ -50,6 +50,13 @@ from hf_querydet.models.detr import (
 )
 from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
 from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
+from hf_querydet.models.efficient_detr import (
+    EfficientDETRConfig,
+    EfficientDETRForObjectDetection,
+    EfficientDETRImageProcessor,
+    EfficientDETRModel,
+)
+from hf_querydet.models.efficient_detr.recipe import RECIPE as EFFICIENT_DETR_RECIPE
 from hf_querydet.recipe_utils import Recipe
 
 MODEL_TYPE_PREFIX = "querydet_"
@@ -109,6 +116,19 @@ VARIANTS: dict[str, Variant] = {
         image_processor=ConditionalDETRImageProcessor,
         recipe=CONDITIONAL_DETR_RECIPE,
         transformers_names=CONDITIONAL_DETR_NAMES,
+    ),
+    "efficient_detr": Variant(
+        config=EfficientDETRConfig,
+        model=EfficientDETRModel,
+        detector=EfficientDETRForObjectDetection,
+        image_processor=EfficientDETRImageProcessor,
+        recipe=EFFICIENT_DETR_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "As in Deformable DETR, the group normalisation of feature levels takes its statistics "
+            "from the whole padded map, and the extra level's convolution sees the padding's "
+            "border."
+        ),
     ),
 }
 

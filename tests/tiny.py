@@ -47,6 +47,19 @@ TINY_CONFIGS = {
         "decoder_attention_heads": 2,
         "decoder_ffn_dim": 40,
     },
+    "efficient_detr": {
+        "backbone_config": {**TINY_BACKBONE, "out_indices": [2, 3, 4]},
+        "num_queries": 5,
+        "d_model": 64,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "encoder_n_points": 3,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+        "decoder_n_points": 2,
+    },
 }
 NUM_LABELS = 3
 

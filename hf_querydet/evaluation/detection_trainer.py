@@ -5,11 +5,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
+
+
+class TrainingProgressCallback(TrainerCallback):
+    """Tells the model before each optimizer step how much of the run is done.
+
+    See :meth:`~hf_querydet.modeling_utils.DetectorPreTrainedModel.set_training_progress`. Models of
+    other libraries, which have no such method, are left alone.
+    """
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Pass on the share of steps that are done, those before a resumed checkpoint included."""
+        detector = extract_model_from_parallel(model)
+        if hasattr(detector, "set_training_progress"):
+            detector.set_training_progress(state.global_step / state.max_steps)
 
 
 class DetectionTrainer(Trainer):
@@ -24,7 +41,14 @@ class DetectionTrainer(Trainer):
     incomplete last batch every tensor of every dictionary is cut to as many rows as there are
     pictures, which loses boxes without a word, and unequal numbers of boxes cannot be gathered.
     Here each process evaluates its own pictures, and only detections travel.
+
+    Training goes as with ``Trainer``; a model that has a schedule of its own is told how much of
+    the run is done, see :class:`TrainingProgressCallback`.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(TrainingProgressCallback)
 
     def evaluation_loop(
         self,

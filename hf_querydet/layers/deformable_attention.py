@@ -128,3 +128,15 @@ class MultiScaleDeformableAttention(nn.Module):
                 f"got {tuple(reference.shape)}."
             )
         return reference.to(offsets.dtype)[:, :, None, :, None]
+
+
+def samples_by_head(samples: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Bring weights or locations of several layers into the form in which attentions are returned.
+
+    Args:
+        samples: Per layer (batch, num_queries, num_heads, num_levels, num_points, ...).
+
+    Returns:
+        Per layer (batch, num_heads, num_queries, num_levels * num_points, ...).
+    """
+    return tuple(sample.flatten(3, 4).transpose(1, 2) for sample in samples)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
     from hf_querydet.layers.feed_forward import MLP
+    from hf_querydet.layers.projection import FeatureProjection
 
 PRIOR_PROBABILITY = 0.01
 
@@ -46,6 +47,19 @@ def init_box_head(box_head: "MLP", *, size_bias: float = 0.0) -> None:
     bias = torch.tensor([0.0, 0.0, size_bias, size_bias])
     init.zeros_(last.weight)
     init.copy_(last.bias, bias.to(last.bias))
+
+
+def init_feature_projection(projection: "FeatureProjection") -> None:
+    """Give the convolutions of feature levels Xavier weights and no bias.
+
+    As Deformable DETR's authors do in their code.
+
+    Args:
+        projection: The layer to initialise.
+    """
+    for convolution, _ in projection.levels:
+        init.xavier_uniform_(convolution.weight)
+        init.zeros_(convolution.bias)
 
 
 def init_deformable_attention(module: "MultiScaleDeformableAttention") -> None:

@@ -1,8 +1,13 @@
 """From the maps of a backbone to feature levels of one width."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+from hf_querydet.layers.backbone import resize_padding_mask
+from hf_querydet.layers.feature_levels import flatten_levels, level_valid_ratios
 
 NUM_GROUPS = 32  # of the authors
 
@@ -64,3 +69,68 @@ class FeatureProjection(nn.Module):
             source = project(source)
             levels.append(source)
         return levels
+
+
+@dataclass(frozen=True)
+class LevelFeatures:
+    """All feature levels of a batch as one sequence, ready for a deformable encoder.
+
+    Attributes:
+        tokens: (batch, num_tokens, hidden_size).
+        positions: Embeddings of place and level, broadcastable to the same shape.
+        padding_mask: (batch, num_tokens), True = padding; None if nothing is padded.
+        spatial_shapes: (height, width) of every level.
+        valid_ratios: See :func:`~hf_querydet.layers.feature_levels.level_valid_ratios`.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    padding_mask: Tensor | None
+    spatial_shapes: list[tuple[int, int]]
+    valid_ratios: Tensor
+
+
+def project_features(
+    stages: Sequence[tuple[Tensor, Tensor | None]],
+    pixel_mask: Tensor | None,
+    projection: FeatureProjection,
+    position_embedding: Callable[[Tensor], Tensor],
+    level_embeddings: nn.Embedding,
+) -> LevelFeatures:
+    """Turn the maps of a backbone into tokens of all levels.
+
+    Deformable DETR (arXiv:2010.04159), Sec. 4.1 and A.2.
+
+    Args:
+        stages: Of the backbone, each a map (batch, channels, height, width) and its padding mask
+            (batch, height, width), which is None if nothing is padded.
+        pixel_mask: (batch, height, width), 1 = picture, 0 = padding; read where ``stages`` have
+            masks.
+        projection: Makes the levels.
+        position_embedding: From a padding mask to (batch, height * width, hidden_size).
+        level_embeddings: A vector per level.
+    """
+    levels = projection([features for features, _ in stages])
+    masks = [mask for _, mask in stages]
+    tokens, spatial_shapes = flatten_levels(levels)
+    if masks[0] is None:
+        padding_mask = None
+        valid_ratios = torch.ones(
+            tokens.shape[0], len(levels), 2, device=tokens.device, dtype=torch.float32
+        )
+        masks = [torch.zeros_like(level[:1, 0], dtype=torch.bool) for level in levels]
+    else:
+        # Extra levels take theirs from the picture's full mask, not from the coarsest map's.
+        masks += [resize_padding_mask(pixel_mask, level) for level in levels[len(masks) :]]
+        padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+        valid_ratios = level_valid_ratios(masks)
+    positions = torch.cat(
+        [
+            position_embedding(mask) + level_embedding
+            for mask, level_embedding in zip(masks, level_embeddings.weight, strict=True)
+        ],
+        dim=1,
+    )
+    return LevelFeatures(
+        tokens, positions.to(tokens.dtype), padding_mask, spatial_shapes, valid_ratios
+    )

@@ -33,7 +33,7 @@ class Classification(Protocol):
         """Matching cost (L, B, Q, T) of logits (L, B, Q, C) and labels (B, T)."""
 
     def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
-        """Loss sum per layer, (L,). ``target_classes`` (L, B, Q) is -1 where no object is."""
+        """Loss per query, (L, B, Q). ``target_classes`` (L, B, Q) is -1 where no object is."""
 
     def normalizer(self, num_queries: Tensor, num_matched: Tensor, num_objects: Tensor) -> Tensor:
         """What one layer's loss is divided by, from counts over all processes; scalars."""
@@ -60,8 +60,7 @@ class SoftmaxClassification:
     def loss(self, logits: Tensor, target_classes: Tensor) -> Tensor:
         """See :func:`no_object_cross_entropy`."""
         classes = torch.where(target_classes < 0, logits.shape[-1] - 1, target_classes)
-        loss = no_object_cross_entropy(logits, classes, no_object_weight=self.no_object_weight)
-        return loss.sum((1, 2))
+        return no_object_cross_entropy(logits, classes, no_object_weight=self.no_object_weight)
 
     def normalizer(self, num_queries: Tensor, num_matched: Tensor, num_objects: Tensor) -> Tensor:
         """Sum of the class weights, which makes the loss a weighted mean."""
@@ -96,9 +95,7 @@ class FocalClassification:
         # -1 equals no class, so a query without an object has only negatives.
         classes = torch.arange(logits.shape[-1], device=logits.device)
         targets = (target_classes[..., None] == classes).to(logits.dtype)
-        return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma).sum(
-            (1, 2, 3)
-        )
+        return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma).sum(-1)
 
     def normalizer(self, num_queries: Tensor, num_matched: Tensor, num_objects: Tensor) -> Tensor:
         """Number of objects, at least 1."""
@@ -182,8 +179,8 @@ class SetCriterion:
             groups = [_Group.build(predictions, labels, suffixes)]
             if encoder_predictions is not None:
                 groups.append(_Group.build(encoder_predictions, encoder_labels, ["_enc"]))
-            matches = self._match(groups)
-            num_boxes, *normalizers = self._normalizers(groups)
+            matches, counts = self._match(groups)
+            num_boxes, *normalizers = self._normalizers(counts, predictions.logits.device)
 
             total = predictions.logits.new_zeros((), dtype=torch.float32)
             loss_dict: dict[str, Tensor] = {}
@@ -199,12 +196,13 @@ class SetCriterion:
         return total, loss_dict
 
     @torch.no_grad()
-    def _match(self, groups: list["_Group"]) -> list[Tensor]:
-        """Matched pairs of each group, (4, N): layer, picture, query, object."""
+    def _match(self, groups: list["_Group"]) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
+        """Matched pairs of each group, (4, N): layer, picture, query, object; and its counts."""
         costs = [self._cost(group) for group in groups]
         # The labels travel along, so that they are checked without a transfer of their own.
         parts = [*costs, *(group.labels.class_labels.float() for group in groups)]
         parts += [group.labels.boxes for group in groups]
+        parts += [group.is_usable.float() for group in groups]
         on_host = torch.cat([part.flatten() for part in parts]).cpu()
         arrays = [
             values.view(part.shape).numpy()
@@ -213,14 +211,16 @@ class SetCriterion:
             )
         ]
         num_groups = len(groups)
-        matches = []
+        matches, counts = [], []
         for i, group in enumerate(groups):
             class_labels, boxes = arrays[num_groups + i], arrays[2 * num_groups + i]
             num_labels = self.classification.num_labels(group.logits)
             _check_values(class_labels, boxes, num_labels)
-            pairs = torch.from_numpy(np.stack(assign(arrays[i], group.labels.counts)))
+            is_usable = arrays[3 * num_groups + i] > 0
+            pairs = torch.from_numpy(np.stack(assign(arrays[i], group.labels.counts, is_usable)))
             matches.append(pairs.to(group.logits.device, non_blocking=True))
-        return matches
+            counts.append(_count(is_usable, group.labels.counts))
+        return matches, counts
 
     def _cost(self, group: "_Group") -> Tensor:
         boxes = box_cost(
@@ -232,13 +232,11 @@ class SetCriterion:
         classes = self.classification.cost(group.logits, group.labels.class_labels)
         return self.class_cost * classes + boxes
 
-    def _normalizers(self, groups: list["_Group"]) -> list[Tensor]:
+    def _normalizers(
+        self, group_counts: list[tuple[int, int, int]], device: torch.device
+    ) -> list[Tensor]:
         """Number of boxes, then each group's classification normaliser: one process's share."""
-        counts = torch.tensor(
-            [group.counts() for group in groups],
-            device=groups[0].logits.device,
-            dtype=torch.float32,
-        )
+        counts = torch.tensor(group_counts, device=device, dtype=torch.float32)
         num_processes = 1
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
@@ -262,8 +260,9 @@ class SetCriterion:
             boxes_cxcywh_to_xyxy(pred_boxes), boxes_cxcywh_to_xyxy(target_boxes)
         )
         per_layer = group.logits.new_zeros(len(group.logits))
+        class_losses = self.classification.loss(group.logits, target_classes)
         return {
-            "loss_ce": self.classification.loss(group.logits, target_classes),
+            "loss_ce": class_losses.masked_fill(~group.is_usable, 0.0).sum((1, 2)),
             "loss_bbox": per_layer.index_add(0, layer, distance),
             "loss_giou": per_layer.index_add(0, layer, 1 - giou),
         }
@@ -303,6 +302,7 @@ class _Group:
 
     logits: Tensor  # (L, B, Q, C)
     pred_boxes: Tensor  # (L, B, Q, 4)
+    is_usable: Tensor  # (B, Q)
     labels: _PaddedLabels
     suffixes: list[str]
 
@@ -310,13 +310,17 @@ class _Group:
     def build(cls, predictions: SetPredictions, labels: Labels, suffixes: list[str]) -> "_Group":
         logits = predictions.logits.float()
         padded = _PaddedLabels.build(labels, logits.shape[1], logits.device)
-        return cls(logits, predictions.pred_boxes.float(), padded, suffixes)
+        is_usable = predictions.is_usable
+        if is_usable is None:
+            is_usable = torch.ones(logits.shape[1:3], dtype=torch.bool, device=logits.device)
+        return cls(logits, predictions.pred_boxes.float(), is_usable, padded, suffixes)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Queries, those of them that are matched in a layer, and objects."""
-        num_queries = self.logits.shape[2]
-        num_matched = sum(min(count, num_queries) for count in self.labels.counts)
-        return num_queries * len(self.labels.counts), num_matched, sum(self.labels.counts)
+
+def _count(is_usable: np.ndarray, num_objects: list[int]) -> tuple[int, int, int]:
+    """Queries of a layer, those of them that are matched, and objects."""
+    num_queries = is_usable.sum(1).tolist()
+    num_matched = sum(map(min, num_objects, num_queries))
+    return sum(num_queries), num_matched, sum(num_objects)
 
 
 def _check_form(index: int, label: Mapping[str, Tensor]) -> None:

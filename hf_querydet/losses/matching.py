@@ -75,22 +75,29 @@ def box_cost(
     return bbox_cost * distance - giou_cost * giou
 
 
-def assign(cost: np.ndarray, num_objects: list[int]) -> tuple[np.ndarray, ...]:
+def assign(
+    cost: np.ndarray, num_objects: list[int], is_usable: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
     """Cheapest one-to-one assignment of queries to objects, per layer and picture.
 
     Args:
         cost: (L, B, Q, T) on the host.
         num_objects: Objects in each picture; columns beyond are ignored.
+        is_usable: (B, Q), which queries take part; None if all do.
 
     Returns:
         Four int64 arrays of one length, a matched pair each: layer, picture, query, object.
         A picture with more objects than queries has only as many pairs as queries.
     """
+    if is_usable is None:
+        is_usable = np.ones(cost.shape[1:3], dtype=bool)
     pairs = []
-    usable = np.nan_to_num(cost, nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=-UNUSABLE_COST)
-    for layer, layer_cost in enumerate(usable):
+    solvable = np.nan_to_num(cost, nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=-UNUSABLE_COST)
+    for layer, layer_cost in enumerate(solvable):
         for picture, count in enumerate(num_objects):
-            queries, objects = linear_sum_assignment(layer_cost[picture, :, :count])
+            taking_part = np.flatnonzero(is_usable[picture])
+            rows, objects = linear_sum_assignment(layer_cost[picture, taking_part, :count])
+            queries = taking_part[rows]
             layers = np.full_like(queries, layer)
             pairs.append(np.stack([layers, np.full_like(queries, picture), queries, objects]))
     if not pairs:

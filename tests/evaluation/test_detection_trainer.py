@@ -1,12 +1,15 @@
 """The Trainer's numbers against an evaluation by hand of the same batches."""
 
+import shutil
+
 import pytest
 import torch
 from detection_data import write_image_folder
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_querydet.data import DetectionCollator, load_detection_dataset
 from hf_querydet.evaluation import CocoEvaluator, DetectionTrainer
+from hf_querydet.evaluation.detection_trainer import TrainingProgressCallback
 from hf_querydet.models.detr import DETRConfig, DETRForObjectDetection, DETRImageProcessor
 
 BACKBONE = {
@@ -146,3 +149,63 @@ def test_other_outputs_are_an_error(tmp_path, detector, processor, dataset):
 
     with pytest.raises(ValueError, match="list every other output in config"):
         trainer.evaluate()
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Eight pictures with one object each."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        labels = {"class_labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5)}
+        return {"pixel_values": torch.randn(3, 32, 64), "labels": labels}
+
+
+def progress_of_training(monkeypatch, folder, model, processor, max_steps, **options):
+    """What a model is told during a training run, and at which of the Trainer's steps."""
+    told = []
+
+    def record(model, progress):
+        told.append((trainer.state.global_step, progress))
+
+    monkeypatch.setattr(type(model), "set_training_progress", record, raising=False)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        gradient_accumulation_steps=2,
+    )
+    trainer = make_trainer(folder, model, processor, None, args=arguments, train_dataset=Pictures())
+    trainer.train(**options)
+    return told
+
+
+def test_the_model_is_told_how_much_of_the_run_is_done(tmp_path, detector, processor, monkeypatch):
+    told = progress_of_training(monkeypatch, tmp_path, detector, processor, 4)
+    # Once per optimizer step, of two batches each.
+    assert told == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = progress_of_training(
+        monkeypatch, tmp_path, detector, processor, 4, resume_from_checkpoint=True
+    )
+    assert resumed == [(2, 0.5), (3, 0.75)]
+
+
+def test_models_of_other_libraries_are_told_nothing():
+    TrainingProgressCallback().on_step_begin(None, None, None, model=torch.nn.Linear(1, 1))
+
+
+def test_the_model_inside_a_wrapper_is_told(monkeypatch, detector):
+    told = []
+    monkeypatch.setattr(detector, "set_training_progress", told.append)
+    state = TrainerState(global_step=3, max_steps=12)
+    wrapped = torch.nn.DataParallel(detector)
+    TrainingProgressCallback().on_step_begin(None, state, None, model=wrapped)
+    assert told == [0.25]

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,6 +201,24 @@ def test_tracker_gets_the_loss_of_every_logged_step(scenes, tmp_path, main_of_sc
     (events,) = (tmp_path / "train_detector").glob("events.*")
     accumulator = EventAccumulator(str(events)).Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == [1, 2]
+
+
+def test_model_is_told_how_much_of_the_run_is_done(scenes, tmp_path, main_of_script, monkeypatch):
+    told = []
+    detector = hf_querydet.DETRForObjectDetection
+    monkeypatch.setattr(detector, "set_training_progress", lambda _, share: told.append(share))
+    extra = ("--max-train-steps", 4, "--eval-split", "none", "--batch-size", 2)
+    extra = (*extra, "--gradient-accumulation", 2, "--checkpoint-steps", 3)
+    words = arguments(scenes, tmp_path, *extra)
+
+    main_of_script(words)
+
+    # Before every batch, two of which make a step.
+    assert told == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    told.clear()
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")
+    main_of_script([*words, "--resume"])
+    assert told == [0.75, 0.75]
 
 
 def test_output_directory_with_a_run_is_not_overwritten(run, scenes, main_of_script):

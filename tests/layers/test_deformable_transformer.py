@@ -1,6 +1,10 @@
 import torch
+from transformers import PreTrainedConfig
 
-from hf_querydet.layers.deformable_transformer import DeformableTransformerEncoderLayer
+from hf_querydet.layers.deformable_transformer import (
+    DeformableTransformerDecoderLayer,
+    DeformableTransformerEncoderLayer,
+)
 
 SHAPES = [(3, 4), (2, 1)]
 
@@ -61,3 +65,69 @@ def test_dropout_on_both_blocks_leaves_the_norms_of_the_residual():
     torch.testing.assert_close(
         output, layer.feed_forward.norm(layer.self_attention_norm(inputs[0]))
     )
+
+
+def make_decoder_layer(**dropouts):
+    layer = DeformableTransformerDecoderLayer(
+        PreTrainedConfig(attn_implementation="eager"),
+        hidden_size=12,
+        num_heads=3,
+        num_levels=2,
+        num_points=2,
+        inner_size=10,
+        activation="relu",
+        **{"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, **dropouts},
+    )
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def make_decoder_inputs():
+    memory, _, _, shapes, padding_mask = make_inputs()
+    queries, positions = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    return queries, positions, memory, shapes, None, torch.rand(2, 5, 2, 4), padding_mask
+
+
+def test_decoder_layer_is_self_attention_then_cross_attention_then_feed_forward():
+    layer = make_decoder_layer()
+    queries, positions, memory, shapes, _, boxes, padding_mask = inputs = make_decoder_inputs()
+    update, expected_weights = layer.self_attention(
+        queries + positions, queries + positions, queries
+    )
+    states = layer.self_attention_norm(queries + update)
+    update, expected_locations, _ = layer.cross_attention(
+        states + positions, memory, shapes, reference_boxes=boxes, padding_mask=padding_mask
+    )
+    states = layer.cross_attention_norm(states + update)
+    block = layer.feed_forward
+    inner = (states @ block.expand.weight.T + block.expand.bias).clamp(min=0)
+    expected = block.norm(states + inner @ block.contract.weight.T + block.contract.bias)
+
+    output, self_weights, locations, _ = layer(*inputs)
+
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(self_weights, expected_weights)
+    torch.testing.assert_close(locations, expected_locations)
+
+
+def test_masked_queries_do_not_reach_the_others():
+    layer = make_decoder_layer()
+    queries, *others = make_decoder_inputs()
+    query_mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    output, weights, *_ = layer(queries, *others, query_mask)
+    changed = queries.clone()
+    changed[~query_mask] += 7.0
+
+    other, *_ = layer(changed, *others, query_mask)
+
+    torch.testing.assert_close(other[query_mask], output[query_mask])
+    assert not weights[1, :, :, [2, 4]].any()
+    assert not torch.allclose(layer(changed, *others)[0][query_mask], output[query_mask])
+
+
+def test_dropout_of_the_decoder_layer_is_on_all_three_blocks():
+    layer = make_decoder_layer(dropout=1.0)
+    inputs = make_decoder_inputs()
+    states = layer.cross_attention_norm(layer.self_attention_norm(inputs[0]))
+    torch.testing.assert_close(layer(*inputs)[0], layer.feed_forward.norm(states))

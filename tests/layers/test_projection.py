@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_querydet.layers.projection import FeatureProjection
+from hf_querydet.layers.projection import FeatureProjection, project_features
 
 CHANNELS = [3, 5, 6]
 SIZES = [(9, 14), (5, 7), (3, 4)]
@@ -55,3 +55,58 @@ def test_more_maps_than_levels_are_an_error():
 def test_channels_that_cannot_be_grouped_are_an_error():
     with pytest.raises(ValueError, match=r"hidden_size must be a multiple of 32, .*got 48"):
         FeatureProjection(in_channels=CHANNELS, hidden_size=48, num_levels=3)
+
+
+def add_ramp(padding_mask):
+    """Stands for a position embedding: the index of the cell, plus 100 where it is padding."""
+    cells = padding_mask.flatten(1)
+    ramp = torch.arange(cells.shape[1]) + 100.0 * cells
+    return ramp[..., None].expand(-1, -1, 64)
+
+
+def test_features_are_tokens_of_all_levels_with_place_level_and_padding():
+    projection = FeatureProjection(in_channels=CHANNELS, hidden_size=64, num_levels=4)
+    level_embeddings = torch.nn.Embedding(4, 64)
+    inputs = maps()
+    pixel_mask = torch.ones(2, 36, 56, dtype=torch.int64)
+    pixel_mask[1, 15:] = pixel_mask[1, :, 30:] = 0
+    masks = [torch.zeros(2, *hw, dtype=torch.bool) for hw in SIZES]
+    for mask, (height, width) in zip(masks, [(4, 8), (3, 4), (2, 3)], strict=True):
+        mask[1, height:] = mask[1, :, width:] = True
+
+    features = project_features(
+        list(zip(inputs, masks, strict=True)), pixel_mask, projection, add_ramp, level_embeddings
+    )
+
+    # Rows 0 and 18, columns 0 and 28 of the pixel mask; not rows 0 and 1 of the coarsest map's.
+    masks.append(torch.tensor([[[False, False], [False, False]], [[False, False], [True, True]]]))
+    start = 0
+    for level, expected in enumerate(projection(inputs)):
+        height, width = expected.shape[2:]
+        assert features.spatial_shapes[level] == (height, width)
+        for row in range(height):
+            for column in range(width):
+                token = start + row * width + column
+                torch.testing.assert_close(features.tokens[:, token], expected[:, :, row, column])
+                padded = masks[level][:, row, column]
+                assert torch.equal(features.padding_mask[:, token], padded)
+                place = row * width + column + 100.0 * padded
+                torch.testing.assert_close(
+                    features.positions[:, token], place[:, None] + level_embeddings.weight[level]
+                )
+        start += height * width
+    assert features.tokens.shape == (2, start, 64)
+    expected_ratios = [[8 / 14, 4 / 9], [4 / 7, 3 / 5], [3 / 4, 2 / 3], [1, 1 / 2]]
+    torch.testing.assert_close(features.valid_ratios[1], torch.tensor(expected_ratios))
+    torch.testing.assert_close(features.valid_ratios[0], torch.ones(4, 2))
+
+
+def test_features_without_padding_have_no_mask():
+    projection = FeatureProjection(in_channels=CHANNELS, hidden_size=64, num_levels=4)
+    level_embeddings = torch.nn.Embedding(4, 64)
+    features = project_features(
+        [(features, None) for features in maps()], None, projection, add_ramp, level_embeddings
+    )
+    assert features.padding_mask is None
+    torch.testing.assert_close(features.valid_ratios, torch.ones(2, 4, 2))
+    assert features.positions.shape == (1, features.tokens.shape[1], 64)

@@ -522,3 +522,32 @@ def test_gradient_averaged_over_processes_is_that_of_the_whole_batch(
     for name, gradient in averaged_gradients[split, classification].items():
         # The loss is computed in float32, summed in another order.
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@both_classifications
+def test_predictions_that_are_not_usable_are_as_if_they_were_not_there(classification):
+    predictions, labels = random_predictions(classification), random_labels(2, 3, 1)
+    # Fewer usable queries than objects in the second picture, none in the third.
+    is_usable = torch.tensor(
+        [[True, False, True, True], [False, True, False, True], [False, False, False, False]]
+    )
+    marked = SetPredictions(
+        logits=predictions.logits, pred_boxes=predictions.pred_boxes, is_usable=is_usable
+    )
+
+    loss, terms = build(classification)(marked, labels)
+    loss.backward()
+
+    for layer, suffix in enumerate(("_0", "_1", "")):
+        expected = oracles.set_loss(
+            [predictions.logits[layer, i, kept] for i, kept in enumerate(is_usable)],
+            [predictions.pred_boxes[layer, i, kept] for i, kept in enumerate(is_usable)],
+            labels,
+            **COSTS,
+            **OPTIONS[classification],
+        )
+        for name, value in expected.items():
+            assert terms[name + suffix].item() == pytest.approx(value, rel=1e-4)
+    for gradient in (predictions.logits.grad, predictions.pred_boxes.grad):
+        assert not gradient[:, ~is_usable].any()
+        assert gradient[:, is_usable].any()

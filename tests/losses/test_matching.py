@@ -124,3 +124,19 @@ def test_labels_out_of_range_do_not_read_beyond_the_classes(cost):
     logits = torch.randn(1, 1, 2, 3)
 
     assert cost(logits, torch.tensor([[-1, 3, 1000]])).isfinite().all()
+
+
+def test_queries_that_take_no_part_are_assigned_to_nothing():
+    cost = np.random.default_rng(0).normal(size=(2, 2, 5, 3))
+    is_usable = np.array([[False, True, True, False, True], [False, False, True, False, True]])
+    cost[:, ~is_usable] = -100.0
+
+    layer, picture, query, target = assign(cost, [2, 3], is_usable)
+
+    for index in itertools.product(range(2), range(2)):
+        usable = np.flatnonzero(is_usable[index[1]])
+        count = [2, 3][index[1]]
+        pairs = oracles.cheapest_pairs(cost[index][usable].tolist(), count)
+        chosen = (layer == index[0]) & (picture == index[1])
+        found = zip(query[chosen].tolist(), target[chosen].tolist(), strict=True)
+        assert sorted(found) == sorted((usable[row], column) for row, column in pairs)

@@ -70,3 +70,41 @@ def test_fields_override_those_of_the_name():
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"DETRConfig has no model named .r34.; .*r50, r50-dc5"):
         VARIANTS["detr"].config.from_name("r34")
+
+
+def linear(size_in, size_out):
+    return size_in * size_out + size_out
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "encoder_layers", "millions"),
+    [
+        # Convolutions of the ResNet; its norms are frozen.
+        ("r50", 23_454_912, 3, "32.74"),
+        ("r50-6-encoder-layers", 23_454_912, 6, "35.01"),
+        ("r101", 42_394_816, 3, "51.68"),
+        ("r101-6-encoder-layers", 42_394_816, 6, "53.95"),
+    ],
+)
+def test_number_of_parameters_of_efficient_detr(name, backbone, encoder_layers, millions):
+    # 256 channels, 8 heads, 4 levels, 4 points, a shared head of 91 classes; no code to count in.
+    norm = 2 * 256
+    projections = sum(linear(size, 256) for size in (512, 1024, 2048, 2048 * 9)) + 4 * norm
+    attention = linear(256, 8 * 4 * 4 * 2) + linear(256, 8 * 4 * 4) + 2 * linear(256, 256)
+    feed_forward = linear(256, 1024) + linear(1024, 256) + norm
+    encoder = encoder_layers * (attention + norm + feed_forward)
+    decoder = 4 * linear(256, 256) + norm + attention + norm + feed_forward
+    queries = linear(256, 256) + norm + linear(512, 256) + norm
+    head = linear(256, 91) + 2 * linear(256, 256) + linear(256, 4)
+    expected = backbone + projections + 4 * 256 + encoder + decoder + queries + head
+
+    assert build("efficient_detr", name).num_parameters() == expected
+    assert f"{expected / 1e6:.2f}" == millions
+
+
+def test_efficient_detr_is_deformable_detr_with_other_queries_and_fewer_layers():
+    encoder_layer, decoder_layer = 756_864, 1_020_544
+    removed = 300 * 512 + linear(256, 2) + 3 * encoder_layer + 5 * decoder_layer
+    added = linear(256, 256) + 512 + linear(512, 256) + 512
+    expected = PARAMETERS["deformable_detr", "r50"] - removed + added
+    assert build("efficient_detr", "r50").num_parameters() == expected

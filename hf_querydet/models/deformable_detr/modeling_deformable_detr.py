@@ -14,23 +14,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
-from hf_querydet.layers.attention import MultiHeadAttention
-from hf_querydet.layers.backbone import Backbone, resize_padding_mask
-from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
-from hf_querydet.layers.deformable_transformer import DeformableTransformerEncoderLayer
-from hf_querydet.layers.feature_levels import (
-    encoder_proposals,
-    flatten_levels,
-    level_valid_ratios,
-    reference_grid,
+from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.deformable_attention import (
+    MultiScaleDeformableAttention,
+    samples_by_head,
 )
-from hf_querydet.layers.feed_forward import MLP, FeedForward
+from hf_querydet.layers.deformable_transformer import (
+    DeformableTransformerDecoderLayer,
+    DeformableTransformerEncoderLayer,
+)
+from hf_querydet.layers.detection_head import DetectionHead
+from hf_querydet.layers.feature_levels import encoder_proposals, reference_grid
 from hf_querydet.layers.initialization import (
     init_box_head,
     init_deformable_attention,
+    init_feature_projection,
     init_focal_prior,
 )
 from hf_querydet.layers.position_embedding import (
@@ -38,7 +38,7 @@ from hf_querydet.layers.position_embedding import (
     SinePositionEmbedding,
     sine_features,
 )
-from hf_querydet.layers.projection import FeatureProjection
+from hf_querydet.layers.projection import FeatureProjection, project_features
 from hf_querydet.losses import FocalClassification, SetCriterion
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.models.deformable_detr.checkpoint_mapping import (
@@ -94,100 +94,6 @@ class DeformableDETRDetectionOutput(DetectionOutput):
     cross_sampling_locations: tuple[Tensor, ...] | None = None
 
 
-class DeformableDETRDecoderLayer(GradientCheckpointingLayer):
-    """Self-attention among queries, deformable attention to the memory, feed-forward; post-norm."""
-
-    def __init__(self, config: DeformableDETRConfig) -> None:
-        super().__init__()
-        self.self_attention = MultiHeadAttention(
-            config,
-            hidden_size=config.d_model,
-            num_heads=config.decoder_attention_heads,
-            dropout=config.attention_dropout,
-        )
-        self.self_attention_norm = nn.LayerNorm(config.d_model)
-        self.cross_attention = MultiScaleDeformableAttention(
-            hidden_size=config.d_model,
-            num_heads=config.decoder_attention_heads,
-            num_levels=config.num_feature_levels,
-            num_points=config.decoder_n_points,
-        )
-        self.cross_attention_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
-        self.feed_forward = FeedForward(
-            hidden_size=config.d_model,
-            inner_size=config.decoder_ffn_dim,
-            activation=config.activation_function,
-            dropout=config.dropout,
-            activation_dropout=config.activation_dropout,
-        )
-
-    def forward(
-        self,
-        object_queries: Tensor,
-        query_position_embeddings: Tensor,
-        memory: Tensor,
-        spatial_shapes: list[tuple[int, int]],
-        reference_points: Tensor | None,
-        reference_boxes: Tensor | None,
-        padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Update the queries.
-
-        Args:
-            object_queries: Content, (batch, num_queries, d_model).
-            query_position_embeddings: Same shape.
-            memory: (batch, num_tokens, d_model).
-            spatial_shapes: (height, width) of every level.
-            reference_points: (batch, num_queries, num_levels, 2), normalised (x, y) in each level.
-            reference_boxes: (batch, num_queries, num_levels, 4), cxcywh, instead of the points.
-            padding_mask: (batch, num_tokens), True = padding.
-
-        Returns:
-            Queries of the same shape; the weights of self-attention if the attention implementation
-            returns them; sampling locations and weights of the cross-attention, see
-            :class:`~hf_querydet.layers.deformable_attention.MultiScaleDeformableAttention`.
-        """
-        # Self-attention
-        query_and_key = object_queries + query_position_embeddings
-        update, self_weights = self.self_attention(query_and_key, query_and_key, object_queries)
-        object_queries = self.self_attention_norm(object_queries + self.dropout(update))
-        # Attention to the picture
-        update, locations, cross_weights = self.cross_attention(
-            object_queries + query_position_embeddings,
-            memory,
-            spatial_shapes,
-            reference_points=reference_points,
-            reference_boxes=reference_boxes,
-            padding_mask=padding_mask,
-        )
-        object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
-        # Feed-forward
-        return self.feed_forward(object_queries), self_weights, locations, cross_weights
-
-
-class DeformableDETRHead(nn.Module):
-    """Class head and box head of a decoder layer, of all of them, or of the encoder.
-
-    Args:
-        config: For the sizes.
-        size_bias: First value of the box head for width and height, in inverse-sigmoid space.
-    """
-
-    def __init__(self, config: DeformableDETRConfig, *, size_bias: float) -> None:
-        super().__init__()
-        self.size_bias = size_bias
-        self.class_head = nn.Linear(config.d_model, config.num_labels)
-        self.box_head = MLP(
-            input_size=config.d_model, hidden_size=config.d_model, output_size=4, num_layers=3
-        )
-
-    def box_deltas(self, hidden_states: Tensor) -> Tensor:
-        """Raw boxes (..., 4), at least float32: half types are too coarse for what is added."""
-        deltas = self.box_head(hidden_states)
-        return deltas.to(torch.promote_types(deltas.dtype, torch.float32))
-
-
 class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
     """Base class of the Deformable DETR models."""
 
@@ -195,7 +101,7 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
     _no_split_modules = (
         "Backbone",
         "DeformableTransformerEncoderLayer",
-        "DeformableDETRDecoderLayer",
+        "DeformableTransformerDecoderLayer",
     )
 
     @classmethod
@@ -239,10 +145,8 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
         if isinstance(module, MultiScaleDeformableAttention):
             init_deformable_attention(module)
         elif isinstance(module, FeatureProjection):
-            for convolution, _ in module.levels:
-                init.xavier_uniform_(convolution.weight)
-                init.zeros_(convolution.bias)
-        elif isinstance(module, DeformableDETRHead):
+            init_feature_projection(module)
+        elif isinstance(module, DetectionHead):
             init_focal_prior(module.class_head)
             init_box_head(module.box_head, size_bias=module.size_bias)
         elif isinstance(module, DeformableDETRModel):
@@ -303,13 +207,28 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             for _ in range(config.encoder_layers)
         )
         self.decoder_layers = nn.ModuleList(
-            DeformableDETRDecoderLayer(config) for _ in range(config.decoder_layers)
+            DeformableTransformerDecoderLayer(
+                config,
+                hidden_size=config.d_model,
+                num_heads=config.decoder_attention_heads,
+                num_levels=config.num_feature_levels,
+                num_points=config.decoder_n_points,
+                inner_size=config.decoder_ffn_dim,
+                activation=config.activation_function,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+            )
+            for _ in range(config.decoder_layers)
         )
         num_heads = config.decoder_layers if config.with_box_refine else 1
         # Only the first boxes of a one-stage detector have no size to start from.
         size_biases = [0.0 if config.two_stage else INITIAL_SIZE_BIAS]
         size_biases += [0.0] * (num_heads + config.two_stage - 1)
-        self.heads = nn.ModuleList(DeformableDETRHead(config, size_bias=b) for b in size_biases)
+        self.heads = nn.ModuleList(
+            DetectionHead(hidden_size=config.d_model, num_labels=config.num_labels, size_bias=bias)
+            for bias in size_biases
+        )
         if not config.with_box_refine:
             # Older files hold a copy of the one head for each layer.
             self._keys_to_ignore_on_load_unexpected = {
@@ -318,7 +237,7 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             }
         self.post_init()
 
-    def head_of_layer(self, index: int) -> DeformableDETRHead:
+    def head_of_layer(self, index: int) -> DetectionHead:
         """The head that reads decoder layer ``index``, counted from 0."""
         return self.heads[index if self.config.with_box_refine else 0]
 
@@ -350,15 +269,22 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         # Features: all levels as tokens (batch, num_tokens, d_model)
-        memory, positions, padding_mask, spatial_shapes, valid_ratios = self._tokens(
-            pixel_values, pixel_mask
+        features = project_features(
+            self.backbone(pixel_values, pixel_mask),
+            pixel_mask,
+            self.input_projection,
+            self.position_embedding,
+            self.level_embeddings,
         )
+        spatial_shapes, valid_ratios = features.spatial_shapes, features.valid_ratios
+        padding_mask = features.padding_mask
 
         # Encoder
+        memory = features.tokens
         encoder_states, encoder_attentions = [memory], []
         grid = reference_grid(spatial_shapes, valid_ratios)
         for layer in self.encoder_layers:
-            memory, weights = layer(memory, positions, grid, spatial_shapes, padding_mask)
+            memory, weights = layer(memory, features.positions, grid, spatial_shapes, padding_mask)
             # What nobody asks for is not kept: with thousands of tokens it fills the memory.
             if output_hidden_states:
                 encoder_states.append(memory)
@@ -416,41 +342,15 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             encoder_last_hidden_state=memory,
             decoder_hidden_states=tuple(decoder_states) if output_hidden_states else None,
             decoder_attentions=tuple(decoder_attentions) if output_attentions else None,
-            cross_attentions=_by_head(cross_attentions) if output_attentions else None,
+            cross_attentions=samples_by_head(cross_attentions) if output_attentions else None,
             encoder_hidden_states=tuple(encoder_states) if output_hidden_states else None,
-            encoder_attentions=_by_head(encoder_attentions) if output_attentions else None,
+            encoder_attentions=samples_by_head(encoder_attentions) if output_attentions else None,
             intermediate_boxes=torch.stack(layer_boxes),
             encoder_predictions=encoder_predictions,
-            cross_sampling_locations=_by_head(cross_locations) if output_attentions else None,
+            cross_sampling_locations=samples_by_head(cross_locations)
+            if output_attentions
+            else None,
         )
-
-    def _tokens(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[int, int]], Tensor]:
-        """Tokens, their positions, their padding, level sizes, valid ratios."""
-        stages = self.backbone(pixel_values, pixel_mask)
-        levels = self.input_projection([features for features, _ in stages])
-        masks = [mask for _, mask in stages]
-        # Extra levels take theirs from the picture's full mask, not from the coarsest map's.
-        masks += [resize_padding_mask(pixel_mask, level) for level in levels[len(masks) :]]
-        tokens, spatial_shapes = flatten_levels(levels)
-        if masks[0] is None:
-            padding_mask = None
-            valid_ratios = torch.ones(
-                tokens.shape[0], len(levels), 2, device=tokens.device, dtype=torch.float32
-            )
-            masks = [torch.zeros_like(level[:1, 0], dtype=torch.bool) for level in levels]
-        else:
-            padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-            valid_ratios = level_valid_ratios(masks)
-        positions = torch.cat(
-            [
-                self.position_embedding(mask) + level_embedding
-                for mask, level_embedding in zip(masks, self.level_embeddings.weight, strict=True)
-            ],
-            dim=1,
-        )
-        return tokens, positions.to(tokens.dtype), padding_mask, spatial_shapes, valid_ratios
 
     def _learned_queries(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Content and position of the queries, the same for every picture."""
@@ -595,8 +495,3 @@ class DeformableDETRForObjectDetection(DeformableDETRPreTrainedModel):
             encoder_predictions=encoder_predictions,
             encoder_labels=objects,
         )
-
-
-def _by_head(samples: list[Tensor]) -> tuple[Tensor, ...]:
-    """(batch, tokens, heads, levels, points, ...) to (batch, heads, tokens, samples, ...)."""
-    return tuple(sample.flatten(3, 4).transpose(1, 2) for sample in samples)
