@@ -40,6 +40,13 @@ from hf_querydet.models.detr import (
 )
 from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
 from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
+from hf_querydet.models.dynamic_detr import (
+    DynamicDETRConfig,
+    DynamicDETRForObjectDetection,
+    DynamicDETRImageProcessor,
+    DynamicDETRModel,
+)
+from hf_querydet.models.dynamic_detr.recipe import RECIPE as DYNAMIC_DETR_RECIPE
 from hf_querydet.recipe_utils import Recipe
 
 MODEL_TYPE_PREFIX = "querydet_"
@@ -90,6 +97,20 @@ VARIANTS: dict[str, Variant] = {
             "As in the authors' code, the group normalisation of feature levels takes its "
             "statistics from the whole padded map, the extra level's convolution sees the "
             "padding's border, and two-stage proposals may come from padded tokens."
+        ),
+    ),
+    "dynamic_detr": Variant(
+        config=DynamicDETRConfig,
+        model=DynamicDETRModel,
+        detector=DynamicDETRForObjectDetection,
+        image_processor=DynamicDETRImageProcessor,
+        recipe=DYNAMIC_DETR_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "Padding is not masked: convolutions see its border, means over a map (group "
+            "normalisation, scale attention, dynamic ReLU) include it, and boxes may reach into "
+            "it. The canvas is padded to multiples of 32; predictions of a picture are equal only "
+            "on an equal canvas."
         ),
     ),
 }

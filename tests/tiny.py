@@ -37,6 +37,17 @@ TINY_CONFIGS = {
         "decoder_ffn_dim": 40,
         "decoder_n_points": 2,
     },
+    "dynamic_detr": {
+        "backbone_config": {**TINY_BACKBONE, "out_indices": [2, 3, 4]},
+        "num_queries": 5,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+        "roi_size": 3,
+        "dynamic_dim": 6,
+    },
 }
 NUM_LABELS = 3
 

@@ -216,9 +216,7 @@ class DynamicEncoderLayer(GradientCheckpointingLayer):
             if scale_attention == "channel"
             else ScalarScaleAttention(hidden_size)
         )
-        self.activation = (
-            DynamicReLU(hidden_size) if activation == "dynamic_relu" else nn.ReLU()
-        )
+        self.activation = DynamicReLU(hidden_size) if activation == "dynamic_relu" else nn.ReLU()
 
     def forward(self, *levels: Tensor) -> tuple[Tensor, ...]:
         """Update every level.
@@ -262,9 +260,7 @@ class DynamicEncoderLayer(GradientCheckpointingLayer):
                 taps = _resize(offsets, coarser), None if mask is None else _resize(mask, coarser)
             else:
                 taps = self.coarser_offsets(coarser)
-            branches.append(
-                F.interpolate(self.coarser(coarser, *taps), size, mode="bilinear")
-            )
+            branches.append(F.interpolate(self.coarser(coarser, *taps), size, mode="bilinear"))
         return branches
 
 
