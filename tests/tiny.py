@@ -40,9 +40,9 @@ TINY_CONFIGS = {
     "dynamic_detr": {
         "backbone_config": {**TINY_BACKBONE, "out_indices": [2, 3, 4]},
         "num_queries": 5,
-        "d_model": 32,
+        "d_model": 64,
         "encoder_layers": 2,
-        "decoder_layers": 3,
+        "decoder_layers": 2,
         "decoder_attention_heads": 2,
         "decoder_ffn_dim": 40,
         "roi_size": 3,
@@ -92,7 +92,9 @@ def perturb(model, scale=0.1):
     """Move all weights and statistics off their first values, so that none is neutral."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
+            # The taps of a kernel add up; maps, and offsets made of them, keep their size.
+            num_taps = parameter[0, 0].numel() if parameter.ndim == 4 else 1
+            parameter.add_(torch.randn_like(parameter) * scale * num_taps**-0.5)
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "bias")):
                 buffer.add_(torch.randn_like(buffer) * scale)

@@ -294,7 +294,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         whwh = picture_sizes(pixel_values, pixel_mask).repeat(1, 2)[:, None]
         boxes = boxes_cxcywh_to_xyxy(self.query_boxes.weight.to(whwh.dtype) * whwh)
         object_queries = self.query_embeddings.weight.to(levels[0].dtype)
-        object_queries = object_queries.expand(len(pixel_values), -1, -1)
+        object_queries = object_queries.expand(pixel_values.shape[0], -1, -1)
         decoder_states, decoder_attentions, layer_boxes = [object_queries], [], []
         for layer, head in zip(self.decoder_layers, self.heads, strict=True):
             object_queries, weights = layer(object_queries, boxes, *levels)
