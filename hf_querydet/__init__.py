@@ -15,6 +15,12 @@ from hf_querydet.models.detr import (
     DETRImageProcessor,
     DETRModel,
 )
+from hf_querydet.models.sparse_rcnn import (
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+    SparseRCNNImageProcessor,
+    SparseRCNNModel,
+)
 from hf_querydet.registration import VARIANTS, load_detector, register, variant_of
 
 __version__ = "0.1.0"
@@ -29,6 +35,10 @@ __all__ = [
     "DeformableDETRForObjectDetection",
     "DeformableDETRImageProcessor",
     "DeformableDETRModel",
+    "SparseRCNNConfig",
+    "SparseRCNNForObjectDetection",
+    "SparseRCNNImageProcessor",
+    "SparseRCNNModel",
     "load_detector",
     "variant_of",
 ]

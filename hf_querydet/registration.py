@@ -40,6 +40,13 @@ from hf_querydet.models.detr import (
 )
 from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
 from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
+from hf_querydet.models.sparse_rcnn import (
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+    SparseRCNNImageProcessor,
+    SparseRCNNModel,
+)
+from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.recipe_utils import Recipe
 
 MODEL_TYPE_PREFIX = "querydet_"
@@ -90,6 +97,18 @@ VARIANTS: dict[str, Variant] = {
             "As in the authors' code, the group normalisation of feature levels takes its "
             "statistics from the whole padded map, the extra level's convolution sees the "
             "padding's border, and two-stage proposals may come from padded tokens."
+        ),
+    ),
+    "sparse_rcnn": Variant(
+        config=SparseRCNNConfig,
+        model=SparseRCNNModel,
+        detector=SparseRCNNForObjectDetection,
+        image_processor=SparseRCNNImageProcessor,
+        recipe=SPARSE_RCNN_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "As in the authors' code, padding is not masked: convolutions of the feature pyramid "
+            "and the pooling of boxes see it, so that predictions are equal on equal canvases."
         ),
     ),
 }

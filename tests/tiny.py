@@ -37,6 +37,16 @@ TINY_CONFIGS = {
         "decoder_ffn_dim": 40,
         "decoder_n_points": 2,
     },
+    "sparse_rcnn": {
+        "backbone_config": {**TINY_BACKBONE, "out_indices": [1, 2, 3, 4]},
+        "num_queries": 5,
+        "d_model": 32,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "pooling_size": 3,
+        "dynamic_dim": 6,
+    },
 }
 NUM_LABELS = 3
 
