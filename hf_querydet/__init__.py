@@ -21,6 +21,12 @@ from hf_querydet.models.dynamic_detr import (
     DynamicDETRImageProcessor,
     DynamicDETRModel,
 )
+from hf_querydet.models.sparse_rcnn import (
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+    SparseRCNNImageProcessor,
+    SparseRCNNModel,
+)
 from hf_querydet.registration import VARIANTS, load_detector, register, variant_of
 
 __version__ = "0.1.0"
@@ -39,6 +45,10 @@ __all__ = [
     "DynamicDETRForObjectDetection",
     "DynamicDETRImageProcessor",
     "DynamicDETRModel",
+    "SparseRCNNConfig",
+    "SparseRCNNForObjectDetection",
+    "SparseRCNNImageProcessor",
+    "SparseRCNNModel",
     "load_detector",
     "variant_of",
 ]

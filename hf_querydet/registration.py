@@ -47,6 +47,13 @@ from hf_querydet.models.dynamic_detr import (
     DynamicDETRModel,
 )
 from hf_querydet.models.dynamic_detr.recipe import RECIPE as DYNAMIC_DETR_RECIPE
+from hf_querydet.models.sparse_rcnn import (
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+    SparseRCNNImageProcessor,
+    SparseRCNNModel,
+)
+from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.recipe_utils import Recipe
 
 MODEL_TYPE_PREFIX = "querydet_"
@@ -111,6 +118,18 @@ VARIANTS: dict[str, Variant] = {
             "normalisation, scale attention, dynamic ReLU) include it, and boxes may reach into "
             "it. The canvas is padded to multiples of 32; predictions of a picture are equal only "
             "on an equal canvas."
+        ),
+    ),
+    "sparse_rcnn": Variant(
+        config=SparseRCNNConfig,
+        model=SparseRCNNModel,
+        detector=SparseRCNNForObjectDetection,
+        image_processor=SparseRCNNImageProcessor,
+        recipe=SPARSE_RCNN_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "As in the authors' code, padding is not masked: convolutions of the feature pyramid "
+            "and the pooling of boxes see it, so that predictions are equal on equal canvases."
         ),
     ),
 }

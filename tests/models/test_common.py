@@ -42,7 +42,13 @@ def forward(model, **inputs):
 
 def assert_same_detections(actual, expected, **tolerance):
     torch.testing.assert_close(actual.logits, expected.logits, **tolerance)
-    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, **tolerance)
+    assert_same_boxes(actual.pred_boxes, expected.pred_boxes, **tolerance)
+
+
+def assert_same_boxes(actual, expected, **tolerance):
+    # A box that reaches beyond the picture is rounded by its own size.
+    size = expected[..., 2:].amax(-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(actual / size, expected / size, **tolerance)
 
 
 def test_every_variant_has_a_tiny_configuration(name):
@@ -91,7 +97,7 @@ def test_batch_of_equal_sizes_equals_its_single_pictures(name):
     for index in range(3):
         alone = forward(model, pixel_values=pixel_values[index : index + 1])
         torch.testing.assert_close(alone.logits[0], together.logits[index])
-        torch.testing.assert_close(alone.pred_boxes[0], together.pred_boxes[index])
+        assert_same_boxes(alone.pred_boxes[0], together.pred_boxes[index])
 
 
 def test_full_pixel_mask_equals_no_mask(name):
@@ -214,7 +220,11 @@ def test_attention_weights_and_states_are_returned_on_request(name):
     config = model.config
     assert len(outputs.decoder_hidden_states) == config.decoder_layers + 1
     assert len(outputs.encoder_hidden_states) == config.encoder_layers + 1
-    for weights in (*outputs.cross_attentions, *outputs.decoder_attentions):
+    attentions = outputs.decoder_attentions
+    # What replaces attention to the picture has no weights to return.
+    if any("cross_attention" in key for key, _ in model.named_parameters()):
+        attentions += outputs.cross_attentions
+    for weights in attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         assert weights.shape[:3] == (2, config.decoder_attention_heads, config.num_queries)
 
@@ -280,7 +290,7 @@ def test_half_precision_predictions_are_near_float32(name):
     expected = forward(model, pixel_values=pixel_values)
     half = forward(copy.deepcopy(model).bfloat16(), pixel_values=pixel_values.bfloat16())
     # bfloat16 keeps 8 bits; a dozen layers of it.
-    torch.testing.assert_close(half.pred_boxes.float(), expected.pred_boxes, rtol=0, atol=0.05)
+    assert_same_boxes(half.pred_boxes.float(), expected.pred_boxes, rtol=0, atol=0.05)
 
 
 def test_exported_program_takes_other_batches_and_sizes(name):
@@ -344,7 +354,7 @@ def test_new_number_of_labels_passes_through_auto_classes(name, tmp_path):
 
 def test_other_wrong_shapes_stay_errors_with_new_labels(name, tmp_path):
     build(name).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"query_(position_)?embeddings"):
+    with pytest.raises(RuntimeError, match=r"query_(position_)?embeddings|proposal_features"):
         VARIANTS[name].detector.from_pretrained(tmp_path, num_labels=4, num_queries=6)
 
 
@@ -376,7 +386,7 @@ def test_pipeline_detects_without_complaint(name, tmp_path, caplog):
         detections = detect(picture(90, 60), threshold=0.0)
 
     assert not caplog.records
-    # Softmax: one detection per query; sigmoid: one per query and class.
+    # One detection per query, or one per query and class where the processor limits their number.
     per_query = 1 if VARIANTS[name].image_processor.default_top_k is None else NUM_LABELS
     assert len(detections) == TINY_CONFIGS[name]["num_queries"] * per_query
     assert {"score", "label", "box"} == set(detections[0])

@@ -33,7 +33,7 @@ class DynamicDETRConfig(DetectorConfig):
     query generates, boxes from coarse to fine; AdamW with a learning rate of 1e-4. All else is
     chosen here, foremost: which five levels (``feature_levels``), the width of the dynamic filter
     (``dynamic_dim``), eight heads, boxes that start at the whole picture and are refined by
-    deltas of Sparse R-CNN's kind, and focal classification (``use_focal_loss``) where the paper's
+    deltas of Sparse R-CNN's kind, and focal classification (``use_focal``) where the paper's
     formula has a softmax.
 
     The paper's models by name, ``DynamicDETRConfig.from_name("r50-no-encoder")``:
@@ -66,13 +66,15 @@ class DynamicDETRConfig(DetectorConfig):
         activation_dropout: Dropout inside the feed-forward blocks.
         feature_levels: ``"p3-p7"`` (strides 8 to 128) or ``"p2-p6"`` (strides 4 to 64, four times
             the cells).
-        roi_size: Bins per side of a query's region.
+        pooling_size: Bins per side that a query's region is pooled to.
+        pooling_sampling_ratio: Samples per bin and side.
         dynamic_mode: ``"single"``: one generated filter, ``d_model`` to ``dynamic_dim`` channels,
             as in the paper's formula. ``"bottleneck"``: a second one back to ``d_model``, as in
             Sparse R-CNN.
         dynamic_dim: Channels after the first generated filter; ``d_model`` makes a full matrix.
-        use_focal_loss: Independent sigmoid per label with focal loss; otherwise softmax with
-            cross-entropy over the labels and "no object".
+        use_focal: Independent sigmoid per label with focal loss; otherwise softmax with
+            cross-entropy over the labels and "no object"; the image processor has to be told too
+            (``DynamicDETRImageProcessor(use_focal=False)``).
         focal_alpha: Weight of positives in the focal loss.
         eos_coefficient: Weight of the "no object" class in the cross-entropy.
 
@@ -114,10 +116,11 @@ class DynamicDETRConfig(DetectorConfig):
     attention_dropout: float | int = 0.0
     activation_dropout: float | int = 0.0
     feature_levels: str = "p3-p7"
-    roi_size: int = 7
+    pooling_size: int = 7
+    pooling_sampling_ratio: int = 2
     dynamic_mode: str = "single"
     dynamic_dim: int = 20
-    use_focal_loss: bool = True
+    use_focal: bool = True
     focal_alpha: float | int = 0.25
     eos_coefficient: float | int = 0.1
 
@@ -142,7 +145,7 @@ class DynamicDETRConfig(DetectorConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """See :class:`DetectorConfig`."""
         super().__post_init__(**kwargs)
-        weight = FOCAL_CLASS_WEIGHT if self.use_focal_loss else SOFTMAX_CLASS_WEIGHT
+        weight = FOCAL_CLASS_WEIGHT if self.use_focal else SOFTMAX_CLASS_WEIGHT
         if self.class_cost is None:
             self.class_cost = weight
         if self.cls_loss_coefficient is None:
@@ -169,6 +172,6 @@ class DynamicDETRConfig(DetectorConfig):
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the encoder's "
                 f"normalisation, got {self.d_model}."
             )
-        for field in ("decoder_layers", "roi_size", "dynamic_dim"):
+        for field in ("decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")

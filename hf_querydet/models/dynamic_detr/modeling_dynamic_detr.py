@@ -72,8 +72,6 @@ class DynamicDETRModelOutput(DetectorModelOutput):
 class DynamicDETRDetectionOutput(DetectionOutput):
     """Output of :class:`DynamicDETRForObjectDetection`.
 
-    The sigmoid of ``logits`` is the probability of each label, for a softmax detector too.
-
     Attributes:
         intermediate_boxes: See :class:`DynamicDETRModelOutput`.
     """
@@ -91,7 +89,8 @@ class DynamicDETRDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DynamicDETRConfig) -> None:
         super().__init__()
         self.finest_level = config.finest_level
-        self.roi_size = config.roi_size
+        self.pooling_size = config.pooling_size
+        self.pooling_sampling_ratio = config.pooling_sampling_ratio
         self.self_attention = MultiHeadAttention(
             config,
             hidden_size=config.d_model,
@@ -102,7 +101,7 @@ class DynamicDETRDecoderLayer(GradientCheckpointingLayer):
         self.dynamic_convolution = DynamicConvolution(
             hidden_size=config.d_model,
             filter_channels=config.filter_channels,
-            num_positions=config.roi_size**2,
+            num_positions=config.pooling_size**2,
         )
         self.dynamic_convolution_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -134,7 +133,11 @@ class DynamicDETRDecoderLayer(GradientCheckpointingLayer):
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Each query's own region, filtered by the query
         regions = pool_regions(
-            levels, boxes_xyxy, finest_level=self.finest_level, output_size=self.roi_size
+            levels,
+            boxes_xyxy,
+            finest_level=self.finest_level,
+            output_size=self.pooling_size,
+            sampling_ratio=self.pooling_sampling_ratio,
         )
         update = self.dynamic_convolution(object_queries, regions)
         object_queries = self.dynamic_convolution_norm(object_queries + self.dropout(update))
@@ -151,8 +154,8 @@ class DynamicDETRHead(nn.Module):
 
     def __init__(self, config: DynamicDETRConfig) -> None:
         super().__init__()
-        self.has_focal_prior = config.use_focal_loss
-        num_classes = config.num_labels if config.use_focal_loss else config.num_labels + 1
+        self.has_focal_prior = config.use_focal
+        num_classes = config.num_labels if config.use_focal else config.num_labels + 1
         self.class_tower = PredictionTower(hidden_size=config.d_model, num_layers=1)
         self.class_head = nn.Linear(config.d_model, num_classes)
         self.box_tower = PredictionTower(hidden_size=config.d_model, num_layers=NUM_BOX_LAYERS)
@@ -339,7 +342,7 @@ class DynamicDETRForObjectDetection(DynamicDETRPreTrainedModel):
         self.model = DynamicDETRModel(config)
         self.criterion = SetCriterion(
             FocalClassification(alpha=config.focal_alpha)
-            if config.use_focal_loss
+            if config.use_focal
             else SoftmaxClassification(no_object_weight=config.eos_coefficient),
             class_cost=config.class_cost,
             bbox_cost=config.bbox_cost,
@@ -400,37 +403,15 @@ class DynamicDETRForObjectDetection(DynamicDETRPreTrainedModel):
             pred_boxes=outputs.intermediate_boxes[first:],
         )
         loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
-        logits = predictions.logits
-        if not self.config.use_focal_loss:
-            logits = label_log_odds(logits)
         return DynamicDETRDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=logits[-1],
+            logits=predictions.logits[-1],
             pred_boxes=predictions.pred_boxes[-1],
             auxiliary_outputs=SetPredictions(
-                logits=logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
+                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
             )
             if with_auxiliary
             else None,
             **outputs,
         )
-
-
-def label_log_odds(logits: Tensor) -> Tensor:
-    """Turn the logits of a softmax over labels and "no object" into one logit per label.
-
-    The sigmoid of a result is the softmax probability of the label, so that scores are read in one
-    way whatever the detector was trained with.
-
-    Args:
-        logits: (..., num_labels + 1), the last class being "no object".
-
-    Returns:
-        (..., num_labels), of the same type.
-    """
-    log_probability = logits.float().log_softmax(-1)[..., :-1]
-    # A probability that rounds to 1 has no finite odds.
-    log_probability = log_probability.clamp(max=-torch.finfo(torch.float32).eps)
-    log_odds = log_probability - torch.log(-torch.expm1(log_probability))
-    return log_odds.to(logits.dtype)
