@@ -42,7 +42,7 @@ TINY_CONFIGS = {
         "num_queries": 5,
         "d_model": 64,
         "encoder_layers": 2,
-        "decoder_layers": 3,
+        "decoder_layers": 2,
         "decoder_attention_heads": 2,
         "decoder_ffn_dim": 40,
         "pooling_size": 3,

@@ -112,16 +112,17 @@ def test_full_pixel_mask_equals_no_mask(name):
 
 def test_features_under_padding_do_not_reach_predictions(name, monkeypatch):
     model = perturb(build(name)).eval()
-    channels = model.model.backbone.channels
-    feature_maps = [torch.randn(1, size, 3, 2) for size in channels]
-    alone_features = [(features, None) for features in feature_maps]
-    batch_features = []
-    for features in feature_maps:
-        canvas = torch.randn(2, features.shape[1], 4, 5)
-        canvas[0, :, :3, :2] = features[0]
-        padding_mask = torch.zeros(2, 4, 5, dtype=torch.bool)
-        padding_mask[0, 3:] = padding_mask[0, :, 2:] = True
-        batch_features.append((canvas, padding_mask))
+    alone_features, batch_features = [], []
+    # The coarsest map has 3x2 cells of picture and 4x5 of canvas, each finer one twice as many.
+    for level, num_channels in enumerate(reversed(model.model.backbone.channels)):
+        features = torch.randn(1, num_channels, 3 << level, 2 << level)
+        height, width = features.shape[-2:]
+        canvas = torch.randn(2, num_channels, 4 << level, 5 << level)
+        canvas[0, :, :height, :width] = features[0]
+        padding_mask = torch.zeros(2, 4 << level, 5 << level, dtype=torch.bool)
+        padding_mask[0, height:] = padding_mask[0, :, width:] = True
+        alone_features.insert(0, (features, None))
+        batch_features.insert(0, (canvas, padding_mask))
 
     # Below the backbone, whose convolutions see the padding's border.
     monkeypatch.setattr(model.model.backbone, "forward", lambda *_: alone_features)
@@ -301,8 +302,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         (),
         {
             # No level has a side of one cell, which the exporter would take for a constant.
-            "pixel_values": torch.randn(2, 3, 128, 160),
-            "pixel_mask": torch.ones(2, 128, 160, dtype=torch.int64),
+            "pixel_values": torch.randn(2, 3, 256, 320),
+            "pixel_mask": torch.ones(2, 256, 320, dtype=torch.int64),
         },
         dynamic_shapes={
             "pixel_values": {0: batch, 2: 32 * height, 3: 32 * width},
@@ -310,8 +311,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         },
     )
     other = {
-        "pixel_values": torch.randn(3, 3, 192, 96),
-        "pixel_mask": torch.ones(3, 192, 96, dtype=torch.int64),
+        "pixel_values": torch.randn(3, 3, 384, 192),
+        "pixel_mask": torch.ones(3, 384, 192, dtype=torch.int64),
     }
     assert_same_detections(program.module()(**other), forward(model, **other))
 
