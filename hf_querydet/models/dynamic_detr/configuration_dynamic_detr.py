@@ -9,6 +9,8 @@ from hf_querydet.configuration_utils import DetectorConfig
 # Stages of the backbone that each choice reads, the level of the first one, and so on upwards.
 FEATURE_LEVELS = {"p3-p7": (-3, -2, -1), "p2-p6": (-4, -3, -2, -1)}
 NUM_FEATURE_LEVELS = 5
+# Of the backbone; the canvas is padded to whole multiples of it.
+COARSEST_STRIDE = 32
 # Of the group normalisation after each convolution of the encoder, as in Dynamic Head.
 NUM_GROUPS = 16
 CHOICES = {
@@ -172,6 +174,15 @@ class DynamicDETRConfig(DetectorConfig):
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the encoder's "
                 f"normalisation, got {self.d_model}."
             )
+        if self.encoder_layers < 0:
+            raise ValueError(f"encoder_layers must be at least 0, got {self.encoder_layers}.")
         for field in ("decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        stride = getattr(self.backbone_config, "output_stride", None)
+        if stride not in (None, COARSEST_STRIDE):
+            raise ValueError(
+                f"The backbone's last stage has stride {stride} (dilation=True makes it 16), but "
+                f"queries read a pyramid whose backbone ends at stride {COARSEST_STRIDE}; set "
+                "dilation=False and leave output_stride alone."
+            )

@@ -32,6 +32,7 @@ from hf_querydet.layers.roi_pooling import pool_regions
 from hf_querydet.losses import FocalClassification, SetCriterion, SoftmaxClassification
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.models.dynamic_detr.configuration_dynamic_detr import (
+    COARSEST_STRIDE,
     NUM_FEATURE_LEVELS,
     NUM_GROUPS,
     DynamicDETRConfig,
@@ -45,7 +46,6 @@ from hf_querydet.models.dynamic_detr.dynamic_encoder import (
 from hf_querydet.ops.boxes import apply_box_deltas, boxes_cxcywh_to_xyxy, boxes_xyxy_to_cxcywh
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
 
-SIZE_DIVISOR = 32
 NUM_BOX_LAYERS = 3
 WHOLE_PICTURE = (0.5, 0.5, 1.0, 1.0)
 CONVOLUTION_STD = 0.01
@@ -281,7 +281,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         # Features: five levels (batch, d_model, h, w), fine to coarse
-        canvas = pad_canvas(pixel_values, multiple=SIZE_DIVISOR)
+        canvas = pad_canvas(pixel_values, multiple=COARSEST_STRIDE)
         maps = [features for features, _ in self.backbone(canvas)]
         self._check_strides(maps, canvas)
         levels = self.feature_pyramid(maps)
@@ -325,7 +325,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         strides = [2 ** (self.config.finest_level + i) for i in range(len(maps))]
         sizes = [tuple(features.shape[-2:]) for features in maps]
         height, width = canvas.shape[-2:]
-        if strides[-1] != SIZE_DIVISOR or sizes != [(height // s, width // s) for s in strides]:
+        if strides[-1] != COARSEST_STRIDE or sizes != [(height // s, width // s) for s in strides]:
             wanted = [s for s in (4, 8, 16, 32) if s >= 2**self.config.finest_level]
             raise ValueError(
                 f"feature_levels={self.config.feature_levels!r} needs maps of the backbone with "
