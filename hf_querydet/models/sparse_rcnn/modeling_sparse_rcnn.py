@@ -62,7 +62,9 @@ class SparseRCNNDetectionOutput(DetectionOutput):
     """Output of :class:`SparseRCNNForObjectDetection`.
 
     Attributes:
-        intermediate_boxes: See :class:`SparseRCNNModelOutput`.
+        intermediate_hidden_states: See :class:`SparseRCNNModelOutput`, if hidden states are asked
+            for.
+        intermediate_boxes: As above.
     """
 
     intermediate_boxes: Tensor | None = None
@@ -309,6 +311,8 @@ class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
             ValueError: If the labels do not fit the model, see
                 :class:`~hf_querydet.losses.SetCriterion`.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         outputs = self.model(
             pixel_values,
             pixel_mask,
@@ -333,6 +337,11 @@ class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
             pred_boxes=outputs.intermediate_boxes[first:],
         )
         loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
+        if not output_hidden_states:
+            # Pipelines take a batch apart along the first dimension of all that a detector returns;
+            # that of these is the stage.
+            stacked = ("intermediate_hidden_states", "intermediate_boxes")
+            outputs = {name: value for name, value in outputs.items() if name not in stacked}
         return SparseRCNNDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
