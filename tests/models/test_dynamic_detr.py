@@ -30,7 +30,7 @@ def build(**changes):
 
 def forward(model, **inputs):
     with torch.no_grad():
-        return model.eval()(**inputs)
+        return model.eval()(**inputs, output_hidden_states=True)
 
 
 def calls_of(modules, run):
@@ -226,7 +226,7 @@ def test_boxes_follow_from_deltas_by_hand():
 
 def test_learned_boxes_are_trained_by_the_first_layer_only():
     model = build(auxiliary_loss=True).train()
-    outputs = model(**tiny_batch())
+    outputs = model.model(**tiny_batch())
     gradients = [
         torch.autograd.grad(
             boxes.square().sum(),
@@ -242,7 +242,7 @@ def test_learned_boxes_are_trained_by_the_first_layer_only():
 
 def test_queries_are_not_detached_between_layers():
     model = perturb(build()).train()
-    boxes = model(**tiny_batch()).intermediate_boxes
+    boxes = model.model(**tiny_batch()).intermediate_boxes
     weight = model.model.query_embeddings.weight
     (gradient,) = torch.autograd.grad(boxes[-1].square().sum(), weight)
     assert gradient.abs().sum() > 0
@@ -258,6 +258,14 @@ def test_permuting_queries_permutes_predictions():
     permuted = forward(model, **batch)
 
     torch.testing.assert_close(permuted.logits, expected.logits[:, order], rtol=0, atol=1e-4)
+
+
+def test_stacked_layers_are_returned_with_the_hidden_states_only():
+    model, batch = build(), tiny_batch()
+    assert model(**batch).intermediate_boxes is None
+    with_states = model(**batch, output_hidden_states=True)
+    assert with_states.intermediate_boxes.shape == (2, 2, 5, 4)
+    assert with_states.intermediate_hidden_states.shape == (2, 2, 5, 64)
 
 
 # ---- canvas and levels ---------------------------------------------------------------------------
@@ -323,7 +331,7 @@ def test_without_encoder_the_decoder_reads_the_feature_pyramid():
     outputs = {}
 
     def run():
-        outputs.update(forward(model, **tiny_batch(), output_hidden_states=True))
+        outputs.update(forward(model, **tiny_batch()))
 
     ((_, pyramid),) = calls_of([model.model.feature_pyramid], run)
 
@@ -337,7 +345,7 @@ def test_memory_is_what_the_last_encoder_layer_returns():
     outputs = {}
 
     def run():
-        outputs.update(forward(model, **tiny_batch(), output_hidden_states=True))
+        outputs.update(forward(model, **tiny_batch()))
 
     calls = calls_of(model.model.encoder_layers, run)
 

@@ -73,7 +73,9 @@ class DynamicDETRDetectionOutput(DetectionOutput):
     """Output of :class:`DynamicDETRForObjectDetection`.
 
     Attributes:
-        intermediate_boxes: See :class:`DynamicDETRModelOutput`.
+        intermediate_hidden_states: See :class:`DynamicDETRModelOutput`, if hidden states are asked
+            for.
+        intermediate_boxes: As above.
     """
 
     intermediate_boxes: Tensor | None = None
@@ -379,6 +381,8 @@ class DynamicDETRForObjectDetection(DynamicDETRPreTrainedModel):
             ValueError: If the labels do not fit the model, see
                 :class:`~hf_querydet.losses.SetCriterion`; or see :meth:`DynamicDETRModel.forward`.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         outputs = self.model(
             pixel_values,
             pixel_mask,
@@ -403,6 +407,11 @@ class DynamicDETRForObjectDetection(DynamicDETRPreTrainedModel):
             pred_boxes=outputs.intermediate_boxes[first:],
         )
         loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
+        if not output_hidden_states:
+            # Pipelines take a batch apart along the first dimension of all that a detector returns;
+            # that of these is the layer.
+            stacked = ("intermediate_hidden_states", "intermediate_boxes")
+            outputs = {name: value for name, value in outputs.items() if name not in stacked}
         return DynamicDETRDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
