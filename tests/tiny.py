@@ -102,9 +102,11 @@ def no_objects():
 def perturb(model, scale=0.1):
     """Move all weights and statistics off their first values, so that none is neutral."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            # The taps of a kernel add up; maps, and offsets made of them, keep their size.
-            num_taps = parameter[0, 0].numel() if parameter.ndim == 4 else 1
+        for name, parameter in model.named_parameters():
+            # The taps of a kernel add up. Above the backbone, whose norms undo it, maps would grow
+            # and offsets that are made of them point far outside.
+            is_kernel = parameter.ndim == 4 and "backbone" not in name
+            num_taps = parameter[0, 0].numel() if is_kernel else 1
             parameter.add_(torch.randn_like(parameter) * scale * num_taps**-0.5)
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "bias")):
