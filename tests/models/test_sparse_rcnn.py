@@ -1,6 +1,5 @@
 """Sparse R-CNN against its authors' numbers, against oracles, and what only this paper claims."""
 
-import copy
 import math
 
 import oracles
@@ -502,21 +501,6 @@ def test_exported_program_takes_every_size_beyond_one_coarsest_cell():
     actual, expected = program.module()(**inputs), forward(model, **inputs)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_model_of_dynamic_size_has_the_gradients_of_the_plain_one():
-    model = build().double().eval()
-    compiled_model = copy.deepcopy(model)
-    compiled = torch.compile(
-        compiled_model.model, fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    pixel_values = torch.randn(2, 3, 70, 101, dtype=torch.float64)
-    for each in (model.model, compiled):
-        each(pixel_values).intermediate_boxes.sum().backward()
-    for expected, actual in zip(
-        model.model.parameters(), compiled_model.model.parameters(), strict=True
-    ):
-        torch.testing.assert_close(actual.grad, expected.grad)
 
 
 def test_hidden_states_hold_the_pyramid_as_tokens():
