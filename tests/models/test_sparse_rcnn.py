@@ -503,6 +503,15 @@ def test_exported_program_takes_every_size_beyond_one_coarsest_cell():
     torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
 
 
+def test_model_compiles_for_dynamic_sizes():
+    model = perturb(build(decoder_layers=1)).model.eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    pixel_values = torch.randn(2, 3, 70, 101)
+    with torch.no_grad():
+        actual, expected = (each(pixel_values).intermediate_boxes for each in (compiled, model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_hidden_states_hold_the_pyramid_as_tokens():
     outputs = forward(build(), pixel_values=torch.randn(1, 3, 64, 96), output_hidden_states=True)
     (tokens,) = outputs.encoder_hidden_states
