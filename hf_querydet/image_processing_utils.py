@@ -9,7 +9,7 @@ post-processing does not undo it; DETR (arXiv:2005.12872) and its followers do n
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -98,6 +98,17 @@ class DetectionImageProcessor(TorchvisionBackend):
                 size["longest_edge"] = max_size
             kwargs["size"] = size
         super().__init__(**kwargs)
+
+    @classmethod
+    def for_config(cls, config: Any, **kwargs: Any) -> Self:
+        """Create the processor of a new model.
+
+        Args:
+            config: The model's configuration. A variant whose scores are read in one way or another
+                takes the way from it.
+            **kwargs: Of the constructor.
+        """
+        return cls(**kwargs)
 
     def preprocess(
         self,

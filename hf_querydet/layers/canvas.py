@@ -15,8 +15,11 @@ def pad_canvas(pixel_values: Tensor, *, multiple: int) -> Tensor:
     Returns:
         (batch, channels, padded_height, padded_width), each at most ``multiple - 1`` more.
     """
-    height, width = pixel_values.shape[-2:]
-    return F.pad(pixel_values, (0, -width % multiple, 0, -height % multiple))
+    # Not `-side % multiple`: torch.compile fails on it where sizes are dynamic.
+    missing = [
+        (side + multiple - 1) // multiple * multiple - side for side in pixel_values.shape[-2:]
+    ]
+    return F.pad(pixel_values, (0, missing[1], 0, missing[0]))
 
 
 def picture_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -153,8 +153,6 @@ def apply_box_deltas(box_deltas: Tensor, boxes_xyxy: Tensor) -> Tensor:
         )
     boxes_xyxy = boxes_xyxy.to(torch.promote_types(boxes_xyxy.dtype, torch.float32))
     box_deltas = box_deltas.to(boxes_xyxy.dtype)
-    # From one corner and not from both: with the sum of the corners, boxes far from the origin
-    # would lose their size to rounding.
     size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
     center = boxes_xyxy[..., :2] + 0.5 * size + 0.5 * box_deltas[..., :2] * size
     half_size = 0.5 * size * box_deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import picture
 
-from hf_querydet import SparseRCNNImageProcessor
+from hf_querydet import SparseRCNNConfig, SparseRCNNImageProcessor
 from hf_querydet.image_processing_utils import shortest_edge_size
 
 
@@ -67,6 +67,12 @@ def test_without_focal_every_proposal_is_one_detection_of_a_real_class():
         order = scores.argsort(descending=True)
         torch.testing.assert_close(result["scores"], scores[order])
         assert result["labels"].tolist() == labels[order].tolist()
+
+
+@pytest.mark.parametrize("use_focal", [True, False])
+def test_choice_of_scores_is_taken_from_a_configuration(use_focal):
+    config = SparseRCNNConfig(use_focal=use_focal)
+    assert SparseRCNNImageProcessor.for_config(config, do_resize=False).use_focal is use_focal
 
 
 def test_choice_of_scores_is_saved(tmp_path):

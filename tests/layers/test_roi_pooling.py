@@ -81,8 +81,8 @@ def test_regions_are_torchvisions_on_the_assigned_level_bins_row_by_row():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_maps_are_pooled_as_float32(dtype):
     levels = pyramid(dtype)
-    # One pixel in 3000 is less than half types resolve.
-    boxes = BOXES + torch.tensor([0.0, 0.0, 0.3, 0.3])
+    # Less than half types resolve beyond 128 pixels.
+    boxes = BOXES + torch.tensor([0.03, 0.03, 0.03, 0.03])
     regions = pool_regions(levels, boxes, finest_level=2)
     assert regions.dtype == dtype
     expected = pool_regions([features.float() for features in levels], boxes, finest_level=2)

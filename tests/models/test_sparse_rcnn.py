@@ -481,21 +481,35 @@ def test_backbone_learns_as_fast_as_the_rest():
 # Graphs
 
 
-def test_exported_program_needs_no_mask():
+def test_exported_program_takes_every_size_beyond_one_coarsest_cell():
     model = perturb(build()).eval()
-    height, width = torch.export.Dim("height"), torch.export.Dim("width")
+    batch = torch.export.Dim("batch")
+    height, width = (torch.export.Dim(axis, min=33) for axis in ("height", "width"))
     program = torch.export.export(
         model,
         (),
-        {"pixel_values": torch.randn(1, 3, 128, 160)},
-        dynamic_shapes={"pixel_values": {2: 32 * height, 3: 32 * width}},
+        {
+            "pixel_values": torch.randn(2, 3, 130, 165),
+            "pixel_mask": torch.ones(2, 130, 165, dtype=torch.int64),
+        },
+        dynamic_shapes={
+            "pixel_values": {0: batch, 2: height, 3: width},
+            "pixel_mask": {0: batch, 1: height, 2: width},
+        },
     )
-    pixel_values = torch.randn(1, 3, 192, 96)
-    actual, expected = (
-        program.module()(pixel_values=pixel_values),
-        forward(model, pixel_values=pixel_values),
-    )
+    inputs = tiny_batch()
+    actual, expected = program.module()(**inputs), forward(model, **inputs)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_model_compiles_for_dynamic_sizes():
+    model = perturb(build(decoder_layers=1)).model.eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    pixel_values = torch.randn(2, 3, 70, 101)
+    with torch.no_grad():
+        actual, expected = (each(pixel_values).intermediate_boxes for each in (compiled, model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_hidden_states_hold_the_pyramid_as_tokens():

@@ -45,7 +45,7 @@ class SparseRCNNConfig(DetectorConfig):
         box_tower_layers: Hidden layers before the box layer.
         use_focal: Sigmoid per class with focal loss. Otherwise softmax over the classes and "no
             object" with cross-entropy; the image processor has to be told too
-            (``SparseRCNNImageProcessor(use_focal=False)``).
+            (``SparseRCNNImageProcessor.for_config(config)``).
         focal_alpha: Weight of positives in the focal loss.
         eos_coefficient: Weight of "no object" in the cross-entropy, where there is no focal loss.
 

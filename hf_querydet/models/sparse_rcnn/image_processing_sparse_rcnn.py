@@ -1,5 +1,7 @@
 """Sparse R-CNN's image processing (arXiv:2011.12450): its authors' sizes and scores."""
 
+from typing import Any, Self
+
 from torch import Tensor
 from transformers.processing_utils import Unpack
 
@@ -51,6 +53,11 @@ class SparseRCNNImageProcessor(DetectionImageProcessor):
 
     def __init__(self, **kwargs: Unpack[SparseRCNNImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
+
+    @classmethod
+    def for_config(cls, config: Any, **kwargs: Any) -> Self:
+        """Create the processor that reads the scores of a model of this configuration."""
+        return cls(**({"use_focal": config.use_focal} | kwargs))
 
     @staticmethod
     def shortest_edge_rule(
