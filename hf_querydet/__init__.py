@@ -21,11 +21,23 @@ from hf_querydet.models.detr import (
     DETRImageProcessor,
     DETRModel,
 )
+from hf_querydet.models.dynamic_detr import (
+    DynamicDETRConfig,
+    DynamicDETRForObjectDetection,
+    DynamicDETRImageProcessor,
+    DynamicDETRModel,
+)
 from hf_querydet.models.efficient_detr import (
     EfficientDETRConfig,
     EfficientDETRForObjectDetection,
     EfficientDETRImageProcessor,
     EfficientDETRModel,
+)
+from hf_querydet.models.sparse_rcnn import (
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+    SparseRCNNImageProcessor,
+    SparseRCNNModel,
 )
 from hf_querydet.registration import VARIANTS, load_detector, register, variant_of
 
@@ -45,10 +57,18 @@ __all__ = [
     "DeformableDETRForObjectDetection",
     "DeformableDETRImageProcessor",
     "DeformableDETRModel",
+    "DynamicDETRConfig",
+    "DynamicDETRForObjectDetection",
+    "DynamicDETRImageProcessor",
+    "DynamicDETRModel",
     "EfficientDETRConfig",
     "EfficientDETRForObjectDetection",
     "EfficientDETRImageProcessor",
     "EfficientDETRModel",
+    "SparseRCNNConfig",
+    "SparseRCNNForObjectDetection",
+    "SparseRCNNImageProcessor",
+    "SparseRCNNModel",
     "load_detector",
     "variant_of",
 ]

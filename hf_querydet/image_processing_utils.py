@@ -8,8 +8,8 @@ rescales label boxes to the padded canvas, so that a picture's targets depend on
 post-processing does not undo it; DETR (arXiv:2005.12872) and its followers do not.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class DetectionImageProcessor(TorchvisionBackend):
     """Prepares pictures and annotations for a detector and turns its output into boxes.
 
     Subclasses choose how scores are read by overriding :meth:`decode_predictions`, and may change
-    any default below.
+    any default below and :meth:`shortest_edge_rule`.
 
     Args:
         size: ``{"shortest_edge", "longest_edge"}`` (the authors' rule, :func:`shortest_edge_size`),
@@ -98,6 +98,17 @@ class DetectionImageProcessor(TorchvisionBackend):
                 size["longest_edge"] = max_size
             kwargs["size"] = size
         super().__init__(**kwargs)
+
+    @classmethod
+    def for_config(cls, config: Any, **kwargs: Any) -> Self:
+        """Create the processor of a new model.
+
+        Args:
+            config: The model's configuration. A variant whose scores are read in one way or another
+                takes the way from it.
+            **kwargs: Of the constructor.
+        """
+        return cls(**kwargs)
 
     def preprocess(
         self,
@@ -189,6 +200,13 @@ class DetectionImageProcessor(TorchvisionBackend):
             )
         ]
 
+    @staticmethod
+    def shortest_edge_rule(
+        original_size: tuple[int, int], shortest_edge: int, longest_edge: int | None = None
+    ) -> tuple[int, int]:
+        """Size of a picture whose shortest edge is given, see :func:`shortest_edge_size`."""
+        return shortest_edge_size(original_size, shortest_edge, longest_edge)
+
     def decode_predictions(
         self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +286,7 @@ class DetectionImageProcessor(TorchvisionBackend):
         **kwargs: Any,
     ) -> Tensor:
         """Resize pictures (..., height, width) by the rules of :func:`resized_size`."""
-        height, width = resized_size(tuple(image.shape[-2:]), size)
+        height, width = self._resized_size(tuple(image.shape[-2:]), size)
         return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
 
     def process_image(
@@ -350,7 +368,7 @@ class DetectionImageProcessor(TorchvisionBackend):
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         sizes = original_sizes
         if do_resize:
-            sizes = [resized_size(original, size, pad_size) for original in original_sizes]
+            sizes = [self._resized_size(original, size, pad_size) for original in original_sizes]
         one_batch = do_pad or return_tensors is not None
         if one_batch and not do_pad and len(set(sizes)) > 1:
             raise ValueError(
@@ -388,6 +406,11 @@ class DetectionImageProcessor(TorchvisionBackend):
             data["labels"] = [_batch_feature(one_set, return_tensors) for one_set in labels]
         return _batch_feature(data, return_tensors)
 
+    def _resized_size(
+        self, original_size: tuple[int, int], size: SizeDict, pad_size: SizeDict | None = None
+    ) -> tuple[int, int]:
+        return resized_size(original_size, size, pad_size, self.shortest_edge_rule)
+
     def _resize_groups(
         self,
         images: list[Tensor],
@@ -409,7 +432,10 @@ class DetectionImageProcessor(TorchvisionBackend):
 
 
 def resized_size(
-    original_size: tuple[int, int], size: SizeDict, pad_size: SizeDict | None = None
+    original_size: tuple[int, int],
+    size: SizeDict,
+    pad_size: SizeDict | None = None,
+    shortest_edge_rule: Callable[..., tuple[int, int]] | None = None,
 ) -> tuple[int, int]:
     """Size of a picture after resizing, never less than 1.
 
@@ -417,6 +443,8 @@ def resized_size(
         original_size: (height, width).
         size: See :class:`DetectionImageProcessor`.
         pad_size: The result fits into it, keeping the aspect ratio.
+        shortest_edge_rule: Makes a size of ``shortest_edge`` and ``longest_edge``;
+            :func:`shortest_edge_size` if not given.
 
     Returns:
         (height, width).
@@ -435,7 +463,8 @@ def resized_size(
     if size.max_height and size.max_width:
         result = _largest_inside(original_size, size.max_height, size.max_width)
     elif size.shortest_edge:
-        result = shortest_edge_size(original_size, size.shortest_edge, size.longest_edge)
+        rule = shortest_edge_rule or shortest_edge_size
+        result = rule(original_size, size.shortest_edge, size.longest_edge)
     else:
         raise ValueError(
             "size must have the keys shortest_edge (and longest_edge), or max_height and "

@@ -50,6 +50,13 @@ from hf_querydet.models.detr import (
 )
 from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
 from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
+from hf_querydet.models.dynamic_detr import (
+    DynamicDETRConfig,
+    DynamicDETRForObjectDetection,
+    DynamicDETRImageProcessor,
+    DynamicDETRModel,
+)
+from hf_querydet.models.dynamic_detr.recipe import RECIPE as DYNAMIC_DETR_RECIPE
 from hf_querydet.models.efficient_detr import (
     EfficientDETRConfig,
     EfficientDETRForObjectDetection,
@@ -57,6 +64,13 @@ from hf_querydet.models.efficient_detr import (
     EfficientDETRModel,
 )
 from hf_querydet.models.efficient_detr.recipe import RECIPE as EFFICIENT_DETR_RECIPE
+from hf_querydet.models.sparse_rcnn import (
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+    SparseRCNNImageProcessor,
+    SparseRCNNModel,
+)
+from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.recipe_utils import Recipe
 
 MODEL_TYPE_PREFIX = "querydet_"
@@ -128,6 +142,32 @@ VARIANTS: dict[str, Variant] = {
             "As in Deformable DETR, the group normalisation of feature levels takes its statistics "
             "from the whole padded map, and the extra level's convolution sees the padding's "
             "border."
+        ),
+    ),
+    "dynamic_detr": Variant(
+        config=DynamicDETRConfig,
+        model=DynamicDETRModel,
+        detector=DynamicDETRForObjectDetection,
+        image_processor=DynamicDETRImageProcessor,
+        recipe=DYNAMIC_DETR_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "Padding is not masked: convolutions see its border, means over a map (group "
+            "normalisation, scale attention, dynamic ReLU) include it, and boxes may reach into "
+            "it. The canvas is padded to multiples of 32; predictions of a picture are equal only "
+            "on an equal canvas."
+        ),
+    ),
+    "sparse_rcnn": Variant(
+        config=SparseRCNNConfig,
+        model=SparseRCNNModel,
+        detector=SparseRCNNForObjectDetection,
+        image_processor=SparseRCNNImageProcessor,
+        recipe=SPARSE_RCNN_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "As in the authors' code, padding is not masked: convolutions of the feature pyramid "
+            "and the pooling of boxes see it, so that predictions are equal on equal canvases."
         ),
     ),
 }

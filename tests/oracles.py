@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -24,6 +24,15 @@ def giou(box: Box, other: Box) -> float:
 
 def l1(box: Box, other: Box) -> float:
     return sum(abs(a - b) for a, b in zip(box, other, strict=True))
+
+
+def corner_l1(box: Box, other: Box) -> float:
+    """L1 distance of the left, top, right and bottom sides of two cxcywh boxes."""
+    return sum(
+        abs((a + sign * size / 2) - (b + sign * other_size / 2))
+        for a, size, b, other_size in zip(box[:2], box[2:], other[:2], other[2:], strict=True)
+        for sign in (-1, 1)
+    )
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
@@ -70,6 +79,7 @@ def set_loss(
     no_object_weight: float | None = None,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    distance: Callable[[Box, Box], float] = l1,
 ) -> dict[str, float]:
     """Terms of one layer: softmax classification with ``no_object_weight``, focal without."""
     class_sum = bbox_sum = giou_sum = weight_sum = 0.0
@@ -84,7 +94,7 @@ def set_loss(
                     if no_object_weight is None
                     else -softmax(score)[index]
                 )
-                + bbox_cost * l1(box, target)
+                + bbox_cost * distance(box, target)
                 - giou_cost * giou(box, target)
                 for index, target in zip(classes, targets, strict=True)
             ]
@@ -92,7 +102,7 @@ def set_loss(
         ]
         pairs = dict(cheapest_pairs(cost, len(targets)))
         for query, target in pairs.items():
-            bbox_sum += l1(boxes[query], targets[target])
+            bbox_sum += distance(boxes[query], targets[target])
             giou_sum += 1 - giou(boxes[query], targets[target])
         for query, score in enumerate(scores):
             wanted = classes[pairs[query]] if query in pairs else None

@@ -55,7 +55,12 @@ def test_load_detector_loads_what_was_pushed(name, client, pushed):
 @every_variant
 def test_pipeline_from_the_hub_has_the_detections_of_the_pushed_model(name, client, pushed):
     repo_id, _ = pushed(name)
-    assert client(hub_client.detect, repo_id) == client(hub_client.detect_with_pushed, name)
+    found = client(hub_client.detect, repo_id)
+    expected = client(hub_client.detect_with_pushed, name)
+    # Where weights lie in memory decides the order of sums, and with it the last digit.
+    scores = [detection.pop("score") for detection in expected]
+    assert [detection.pop("score") for detection in found] == pytest.approx(scores, rel=1e-5)
+    assert found == expected
 
 
 @every_variant

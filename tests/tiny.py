@@ -60,6 +60,28 @@ TINY_CONFIGS = {
         "decoder_ffn_dim": 40,
         "decoder_n_points": 2,
     },
+    "dynamic_detr": {
+        "backbone_config": {**TINY_BACKBONE, "out_indices": [2, 3, 4]},
+        "num_queries": 5,
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+        "pooling_size": 3,
+        "dynamic_dim": 6,
+    },
+    "sparse_rcnn": {
+        "backbone_config": {**TINY_BACKBONE, "out_indices": [1, 2, 3, 4]},
+        "num_queries": 5,
+        "d_model": 32,
+        # Boxes jump where rounding moves one to another level: with each stage more of them.
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "pooling_size": 3,
+        "dynamic_dim": 8,
+    },
 }
 NUM_LABELS = 3
 
@@ -103,8 +125,12 @@ def no_objects():
 def perturb(model, scale=0.1):
     """Move all weights and statistics off their first values, so that none is neutral."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
+        for name, parameter in model.named_parameters():
+            # The taps of a kernel add up. Above the backbone, whose norms undo it, maps would grow
+            # and offsets that are made of them point far outside.
+            is_kernel = parameter.ndim == 4 and "backbone" not in name
+            num_taps = parameter[0, 0].numel() if is_kernel else 1
+            parameter.add_(torch.randn_like(parameter) * scale * num_taps**-0.5)
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "bias")):
                 buffer.add_(torch.randn_like(buffer) * scale)

@@ -1,4 +1,4 @@
-"""The two kinds of stacked linear layers in a detection transformer."""
+"""The kinds of stacked linear layers in a detection transformer."""
 
 from itertools import pairwise
 
@@ -66,3 +66,28 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)
+
+
+class PredictionTower(nn.Module):
+    """Linear layers without bias, each followed by layer normalisation and ReLU.
+
+    What stands before the class layer and the box layer of Sparse R-CNN (arXiv:2011.12450); the
+    paper calls it a perceptron, normalisation and missing biases are the authors' code.
+
+    Args:
+        hidden_size: Channels in and out.
+        num_layers: Number of linear layers.
+    """
+
+    def __init__(self, *, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(num_layers)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Transform every token on its own, (..., hidden_size) to the same shape."""
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            hidden_states = norm(layer(hidden_states)).relu()
+        return hidden_states

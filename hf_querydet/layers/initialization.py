@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
+    from hf_querydet.layers.feature_pyramid import FeaturePyramid
     from hf_querydet.layers.feed_forward import MLP
     from hf_querydet.layers.projection import FeatureProjection
 
@@ -59,6 +60,24 @@ def init_feature_projection(projection: "FeatureProjection") -> None:
     """
     for convolution, _ in projection.levels:
         init.xavier_uniform_(convolution.weight)
+        init.zeros_(convolution.bias)
+
+
+def init_feature_pyramid(pyramid: "FeaturePyramid") -> None:
+    """Give a feature pyramid its initial values.
+
+    Uniform weights of variance 1 / fan-in (Kaiming's rule for a linear function, arXiv:1502.01852),
+    biases 0, as in the code of Sparse R-CNN's authors.
+
+    Args:
+        pyramid: The layer to initialise.
+    """
+    for convolution in (
+        *pyramid.lateral_projections,
+        *pyramid.output_convolutions,
+        *pyramid.extra_convolutions,
+    ):
+        init.kaiming_uniform_(convolution.weight, a=1)
         init.zeros_(convolution.bias)
 
 

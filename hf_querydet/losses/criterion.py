@@ -3,7 +3,7 @@
 L layers, B pictures, Q queries, T objects (the largest number in a picture), N matched pairs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_querydet.losses.detection_losses import no_object_cross_entropy, sigmoid_focal_loss
-from hf_querydet.losses.matching import assign, box_cost, focal_class_cost, softmax_class_cost
+from hf_querydet.losses.matching import (
+    assign,
+    box_cost,
+    centers_and_sizes,
+    focal_class_cost,
+    softmax_class_cost,
+)
 from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy, generalized_box_iou
 from hf_querydet.outputs import SetPredictions
 
@@ -122,6 +128,9 @@ class SetCriterion:
         cls_loss_coefficient: Weight of ``loss_ce`` in the sum.
         bbox_loss_coefficient: Weight of ``loss_bbox`` in the sum.
         giou_loss_coefficient: Weight of ``loss_giou`` in the sum.
+        box_coordinates: Coordinates of normalised cxcywh boxes whose L1 distance is taken, in the
+            matching and in ``loss_bbox``: centres and sizes as in DETR, or corners with
+            :func:`~hf_querydet.ops.boxes.boxes_cxcywh_to_xyxy`.
     """
 
     def __init__(
@@ -134,11 +143,13 @@ class SetCriterion:
         cls_loss_coefficient: float,
         bbox_loss_coefficient: float,
         giou_loss_coefficient: float,
+        box_coordinates: Callable[[Tensor], Tensor] = centers_and_sizes,
     ) -> None:
         self.classification = classification
         self.class_cost = class_cost
         self.bbox_cost = bbox_cost
         self.giou_cost = giou_cost
+        self.box_coordinates = box_coordinates
         self.coefficients = {
             "loss_ce": cls_loss_coefficient,
             "loss_bbox": bbox_loss_coefficient,
@@ -228,6 +239,7 @@ class SetCriterion:
             group.labels.boxes,
             bbox_cost=self.bbox_cost,
             giou_cost=self.giou_cost,
+            box_coordinates=self.box_coordinates,
         )
         classes = self.classification.cost(group.logits, group.labels.class_labels)
         return self.class_cost * classes + boxes
@@ -255,7 +267,7 @@ class SetCriterion:
         target_classes[layer, picture, query] = group.labels.class_labels[picture, target]
         pred_boxes = group.pred_boxes[layer, picture, query]  # (N, 4)
         target_boxes = group.labels.boxes[picture, target]
-        distance = (pred_boxes - target_boxes).abs().sum(-1)
+        distance = self.box_coordinates(pred_boxes) - self.box_coordinates(target_boxes)
         giou = generalized_box_iou(
             boxes_cxcywh_to_xyxy(pred_boxes), boxes_cxcywh_to_xyxy(target_boxes)
         )
@@ -263,7 +275,7 @@ class SetCriterion:
         class_losses = self.classification.loss(group.logits, target_classes)
         return {
             "loss_ce": class_losses.masked_fill(~group.is_usable, 0.0).sum((1, 2)),
-            "loss_bbox": per_layer.index_add(0, layer, distance),
+            "loss_bbox": per_layer.index_add(0, layer, distance.abs().sum(-1)),
             "loss_giou": per_layer.index_add(0, layer, 1 - giou),
         }
 

@@ -4,6 +4,8 @@ L layers, B pictures, Q queries, T objects (the largest number in a picture; few
 C classes.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -53,21 +55,34 @@ def focal_class_cost(
     return positive - negative
 
 
+def centers_and_sizes(boxes_cxcywh: Tensor) -> Tensor:
+    """Coordinates of DETR's L1 distance: those of the boxes, unchanged."""
+    return boxes_cxcywh
+
+
 def box_cost(
-    pred_boxes_cxcywh: Tensor, boxes_cxcywh: Tensor, *, bbox_cost: float, giou_cost: float
+    pred_boxes_cxcywh: Tensor,
+    boxes_cxcywh: Tensor,
+    *,
+    bbox_cost: float,
+    giou_cost: float,
+    box_coordinates: Callable[[Tensor], Tensor] = centers_and_sizes,
 ) -> Tensor:
     """Weighted L1 distance minus weighted generalised IoU of all pairs.
 
     Args:
         pred_boxes_cxcywh: (L, B, Q, 4).
         boxes_cxcywh: (B, T, 4).
-        bbox_cost: Weight of the L1 distance of the cxcywh coordinates.
+        bbox_cost: Weight of the L1 distance.
         giou_cost: Weight of the generalised IoU.
+        box_coordinates: Coordinates of cxcywh boxes whose L1 distance is taken.
 
     Returns:
         (L, B, Q, T).
     """
-    distance = torch.cdist(pred_boxes_cxcywh, boxes_cxcywh[None], p=1)
+    distance = torch.cdist(
+        box_coordinates(pred_boxes_cxcywh), box_coordinates(boxes_cxcywh)[None], p=1
+    )
     giou = generalized_box_iou(
         boxes_cxcywh_to_xyxy(pred_boxes_cxcywh)[..., :, None, :],
         boxes_cxcywh_to_xyxy(boxes_cxcywh)[None, :, None],

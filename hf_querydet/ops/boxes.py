@@ -4,8 +4,13 @@ Every box tensor ends in a dimension of 4. ``cxcywh`` is (centre x, centre y, wi
 ``xyxy`` is (left, top, right, bottom). Nothing here depends on the unit.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+# A box grows at most this much in one step of apply_box_deltas, as a logarithm.
+MAX_LOG_SCALE = math.log(100_000 / 16)
 
 
 def boxes_cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -121,6 +126,37 @@ def place_boxes(box_deltas: Tensor, reference_points: Tensor, *, eps: float = 1e
         )
     centers = box_deltas[..., :2] + inverse_sigmoid(reference_points, eps)
     return torch.cat([centers, box_deltas[..., 2:]], dim=-1).sigmoid()
+
+
+def apply_box_deltas(box_deltas: Tensor, boxes_xyxy: Tensor) -> Tensor:
+    """Move and scale boxes by predicted deltas, relative to their size.
+
+    R-CNN's parametrisation (arXiv:1311.2524, Appendix C): the centre moves by a share of the box's
+    width and height, width and height are multiplied by the exponential of their delta. Deltas of
+    the centre are divided by 2 and the logarithm is limited from above to log(100000 / 16), as in
+    the code of Sparse R-CNN's authors. Boxes are not clipped to any picture.
+
+    Args:
+        box_deltas: (..., 4), raw: of the centre x and y, of the logarithm of width and height.
+        boxes_xyxy: Boxes to refine, same shape, absolute.
+
+    Returns:
+        Refined boxes xyxy, same shape, at least float32: half types are too coarse for pixels.
+
+    Raises:
+        ValueError: If the two shapes differ.
+    """
+    if box_deltas.shape != boxes_xyxy.shape:
+        raise ValueError(
+            "box_deltas and boxes_xyxy must have the same shape, "
+            f"got {tuple(box_deltas.shape)} and {tuple(boxes_xyxy.shape)}."
+        )
+    boxes_xyxy = boxes_xyxy.to(torch.promote_types(boxes_xyxy.dtype, torch.float32))
+    box_deltas = box_deltas.to(boxes_xyxy.dtype)
+    size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
+    center = boxes_xyxy[..., :2] + 0.5 * size + 0.5 * box_deltas[..., :2] * size
+    half_size = 0.5 * size * box_deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([center - half_size, center + half_size], dim=-1)
 
 
 def _intersection_and_union(boxes_xyxy: Tensor, other_xyxy: Tensor) -> tuple[Tensor, Tensor]:

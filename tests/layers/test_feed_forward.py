@@ -1,9 +1,10 @@
 import pytest
 import torch
+from tiny import perturb
 from torch import nn
 from torch.nn import functional as F
 
-from hf_querydet.layers.feed_forward import MLP, FeedForward
+from hf_querydet.layers.feed_forward import MLP, FeedForward, PredictionTower
 
 
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("gelu", F.gelu)])
@@ -58,3 +59,17 @@ def test_mlp_of_one_layer_is_that_linear_layer():
     mlp = MLP(input_size=3, hidden_size=7, output_size=4, num_layers=1)
 
     assert [tuple(weight.shape) for weight in mlp.parameters()] == [(4, 3), (4,)]
+
+
+def test_tower_normalises_and_activates_after_each_layer():
+    tower = PredictionTower(hidden_size=5, num_layers=2)
+    perturb(tower)
+    tokens = torch.randn(2, 3, 5)
+    expected = tokens
+    for layer, norm in zip(tower.layers, tower.norms, strict=True):
+        assert layer.bias is None
+        expected = torch.einsum("oi,bti->bto", layer.weight, expected)
+        expected = expected - expected.mean(-1, keepdim=True)
+        expected = expected / (expected.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        expected = (expected * norm.weight + norm.bias).clamp(min=0)
+    torch.testing.assert_close(tower(tokens), expected)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_querydet.losses import FocalClassification, SetCriterion, SoftmaxClassification
+from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
 from hf_querydet.outputs import SetPredictions
 
 LAYERS, QUERIES, LABELS = 3, 4, 5
@@ -93,6 +94,27 @@ def assert_loss(result: tuple[torch.Tensor, dict[str, torch.Tensor]], expected: 
 
 
 # Values
+
+
+@both_classifications
+def test_corners_are_used_in_matching_and_loss(classification):
+    predictions, labels = random_predictions(classification, layers=1), random_labels(3, 1, 2)
+    kind = {"softmax": SoftmaxClassification, "focal": FocalClassification}[classification]
+    criterion = SetCriterion(
+        kind(**OPTIONS[classification]),
+        **COSTS,
+        **COEFFICIENTS,
+        box_coordinates=boxes_cxcywh_to_xyxy,
+    )
+    expected = oracles.set_loss(
+        predictions.logits[0].double(),
+        predictions.pred_boxes[0].double(),
+        labels,
+        **COSTS,
+        **OPTIONS[classification],
+        distance=oracles.corner_l1,
+    )
+    assert_loss(criterion(predictions, labels), expected)
 
 
 @both_classifications

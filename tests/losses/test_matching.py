@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_querydet.losses.matching import assign, box_cost, focal_class_cost, softmax_class_cost
+from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
 
 LAYERS, BATCH, QUERIES, CLASSES, OBJECTS = 2, 3, 4, 5, 3
 
@@ -67,6 +68,20 @@ def test_box_cost_is_weighted_l1_minus_weighted_giou():
         return 5 * oracles.l1(predicted, wanted) - 2 * oracles.giou(predicted, wanted)
 
     cost = box_cost(pred_boxes, boxes, bbox_cost=5.0, giou_cost=2.0)
+
+    torch.testing.assert_close(cost, cost_by_loops(entry))
+
+
+def test_l1_of_box_cost_can_be_that_of_corners():
+    pred_boxes, boxes = random_cxcywh(LAYERS, BATCH, QUERIES), random_cxcywh(BATCH, OBJECTS)
+
+    def entry(layer, picture, query, target):
+        predicted = pred_boxes[layer, picture, query].tolist()
+        return 5 * oracles.corner_l1(predicted, boxes[picture, target].tolist())
+
+    cost = box_cost(
+        pred_boxes, boxes, bbox_cost=5.0, giou_cost=0.0, box_coordinates=boxes_cxcywh_to_xyxy
+    )
 
     torch.testing.assert_close(cost, cost_by_loops(entry))
 

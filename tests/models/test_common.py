@@ -43,7 +43,13 @@ def forward(model, **inputs):
 
 def assert_same_detections(actual, expected, **tolerance):
     torch.testing.assert_close(actual.logits, expected.logits, **tolerance)
-    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, **tolerance)
+    assert_same_boxes(actual.pred_boxes, expected.pred_boxes, **tolerance)
+
+
+def assert_same_boxes(actual, expected, **tolerance):
+    # A box that reaches beyond the picture is rounded by its own size.
+    size = expected[..., 2:].amax(-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(actual / size, expected / size, **tolerance)
 
 
 def test_every_variant_has_a_tiny_configuration(name):
@@ -84,15 +90,16 @@ def test_configuration_survives_saving(name, tmp_path):
 
 
 def test_batch_of_equal_sizes_equals_its_single_pictures(name):
-    model = perturb(build(name))
-    pixel_values = torch.randn(3, 3, 64, 96)
+    # In double: kernels sum in an order that depends on the size of the batch.
+    model = perturb(build(name)).double()
+    pixel_values = torch.randn(3, 3, 64, 96).double()
 
     together = forward(model, pixel_values=pixel_values)
 
     for index in range(3):
         alone = forward(model, pixel_values=pixel_values[index : index + 1])
         torch.testing.assert_close(alone.logits[0], together.logits[index])
-        torch.testing.assert_close(alone.pred_boxes[0], together.pred_boxes[index])
+        assert_same_boxes(alone.pred_boxes[0], together.pred_boxes[index])
 
 
 def test_full_pixel_mask_equals_no_mask(name):
@@ -107,16 +114,17 @@ def test_full_pixel_mask_equals_no_mask(name):
 
 def test_features_under_padding_do_not_reach_predictions(name, monkeypatch):
     model = perturb(build(name)).eval()
-    channels = model.model.backbone.channels
-    feature_maps = [torch.randn(1, size, 3, 2) for size in channels]
-    alone_features = [(features, None) for features in feature_maps]
-    batch_features = []
-    for features in feature_maps:
-        canvas = torch.randn(2, features.shape[1], 4, 5)
-        canvas[0, :, :3, :2] = features[0]
-        padding_mask = torch.zeros(2, 4, 5, dtype=torch.bool)
-        padding_mask[0, 3:] = padding_mask[0, :, 2:] = True
-        batch_features.append((canvas, padding_mask))
+    alone_features, batch_features = [], []
+    # The coarsest map has 3x2 cells of picture and 4x5 of canvas, each finer one twice as many.
+    for level, num_channels in enumerate(reversed(model.model.backbone.channels)):
+        features = torch.randn(1, num_channels, 3 << level, 2 << level)
+        height, width = features.shape[-2:]
+        canvas = torch.randn(2, num_channels, 4 << level, 5 << level)
+        canvas[0, :, :height, :width] = features[0]
+        padding_mask = torch.zeros(2, 4 << level, 5 << level, dtype=torch.bool)
+        padding_mask[0, height:] = padding_mask[0, :, width:] = True
+        alone_features.insert(0, (features, None))
+        batch_features.insert(0, (canvas, padding_mask))
 
     # Below the backbone, whose convolutions see the padding's border.
     monkeypatch.setattr(model.model.backbone, "forward", lambda *_: alone_features)
@@ -216,7 +224,11 @@ def test_attention_weights_and_states_are_returned_on_request(name):
     config = model.config
     assert len(outputs.decoder_hidden_states) == config.decoder_layers + 1
     assert len(outputs.encoder_hidden_states) == config.encoder_layers + 1
-    for weights in (*outputs.cross_attentions, *outputs.decoder_attentions):
+    attentions = outputs.decoder_attentions
+    # What replaces attention to the picture has no weights to return.
+    if any("cross_attention" in key for key, _ in model.named_parameters()):
+        attentions += outputs.cross_attentions
+    for weights in attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         assert weights.shape[:3] == (2, config.decoder_attention_heads, config.num_queries)
 
@@ -232,8 +244,10 @@ def test_tuple_output_equals_dict_output(name):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_keeps_loss_and_gradients(name, use_reentrant):
-    model = build(name, **NO_DROPOUT).train()
+    # In double: the order in which gradients of layers are summed differs.
+    model = build(name, **NO_DROPOUT).double().train()
     batch, labels = tiny_batch(), tiny_labels()
+    batch["pixel_values"] = batch["pixel_values"].double()
     checkpointed = copy.deepcopy(model)
     # The name before transformers 5.23 is deprecated since.
     enable = getattr(
@@ -289,7 +303,7 @@ def test_half_precision_predictions_are_near_float32(name):
         for outputs in (half, expected)
     )
     # bfloat16 keeps 8 bits; a dozen layers of it.
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0.05)
+    assert_same_boxes(actual, expected, rtol=0, atol=0.05)
 
 
 def test_exported_program_takes_other_batches_and_sizes(name):
@@ -300,8 +314,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         (),
         {
             # No level has a side of one cell, which the exporter would take for a constant.
-            "pixel_values": torch.randn(2, 3, 128, 160),
-            "pixel_mask": torch.ones(2, 128, 160, dtype=torch.int64),
+            "pixel_values": torch.randn(2, 3, 256, 320),
+            "pixel_mask": torch.ones(2, 256, 320, dtype=torch.int64),
         },
         dynamic_shapes={
             "pixel_values": {0: batch, 2: 32 * height, 3: 32 * width},
@@ -309,8 +323,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         },
     )
     other = {
-        "pixel_values": torch.randn(3, 3, 192, 96),
-        "pixel_mask": torch.ones(3, 192, 96, dtype=torch.int64),
+        "pixel_values": torch.randn(3, 3, 384, 192),
+        "pixel_mask": torch.ones(3, 384, 192, dtype=torch.int64),
     }
     assert_same_detections(program.module()(**other), forward(model, **other))
 
@@ -393,7 +407,7 @@ def test_pipeline_detects_without_complaint(name, tmp_path, caplog):
         detections = detect(picture(90, 60), threshold=0.0)
 
     assert not caplog.records
-    # Softmax: one detection per query; sigmoid: one per query and class.
+    # One detection per query, or one per query and class where the processor limits their number.
     per_query = 1 if VARIANTS[name].image_processor.default_top_k is None else NUM_LABELS
     assert len(detections) == TINY_CONFIGS[name]["num_queries"] * per_query
     assert {"score", "label", "box"} == set(detections[0])

@@ -22,6 +22,30 @@ PARAMETERS = {
     ("conditional_detr", "r101"): 62_358_305,
     ("conditional_detr", "r101-dc5"): 62_358_305,
 }
+# Sparse R-CNN, layer by layer. First the convolutions of the backbone; with the 53,120 and 105,344
+# affine terms of its batch norms, r50-100 has 106.29 million and r101-100 125.28 million.
+RESNET50, RESNET101 = 23_454_912, 42_394_816
+FEATURE_PYRAMID = 256 * (256 + 512 + 1024 + 2048 + 4) + 4 * (9 * 256 * 256 + 256)
+STAGE = (
+    4 * (256 * 256 + 256)  # self-attention
+    + (256 + 1) * 2 * 256 * 64  # filters
+    + (49 * 256 + 1) * 256  # all positions of a region to one vector
+    + 2 * 64
+    + 2 * 2 * 256  # norms of the interaction
+    + 3 * 2 * 256  # norms of the residuals
+    + (256 + 1) * 2048
+    + (2048 + 1) * 256  # feed-forward
+    + (1 + 3) * (256 * 256 + 2 * 256)  # class tower and box tower
+    + (256 + 1) * (80 + 4)  # class and box
+)
+PARAMETERS |= {
+    ("sparse_rcnn", f"{name}-{proposals}"): backbone
+    + FEATURE_PYRAMID
+    + 6 * STAGE
+    + proposals * (256 + 4)
+    for name, backbone in (("r50", RESNET50), ("r101", RESNET101))
+    for proposals in (100, 300)
+}
 # Of the paper's stem and first stage, which it freezes.
 FROZEN = 222_400
 

@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 from hf_querydet.ops.boxes import (
+    apply_box_deltas,
     box_area,
     box_iou,
     boxes_cxcywh_to_xyxy,
@@ -192,3 +193,58 @@ def test_zero_deltas_keep_the_reference_points_as_centres():
 def test_placing_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"of 4 and of 2, got \(2, 5, 4\) and \(2, "):
         place_boxes(torch.zeros(2, 5, 4), torch.zeros(shape))
+
+
+def deltas_by_definition(deltas, box):
+    """The refined box in plain numbers."""
+    limit = math.log(100_000 / 16)
+    width, height = box[2] - box[0], box[3] - box[1]
+    cx = box[0] + width / 2 + deltas[0] / 2 * width
+    cy = box[1] + height / 2 + deltas[1] / 2 * height
+    width *= math.exp(min(deltas[2], limit))
+    height *= math.exp(min(deltas[3], limit))
+    return [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2]
+
+
+def test_deltas_move_and_scale_each_box():
+    boxes = 100 * random_boxes_xyxy(2, 5)
+    deltas = torch.randn(2, 5, 4, dtype=torch.float64) * 3
+    deltas[0, 0, 2] = 12.0
+    deltas[1, 2, 3] = -12.0
+    refined = apply_box_deltas(deltas, boxes)
+    for picture in range(2):
+        for box in range(5):
+            expected = deltas_by_definition(
+                deltas[picture, box].tolist(), boxes[picture, box].tolist()
+            )
+            torch.testing.assert_close(refined[picture, box], torch.tensor(expected).double())
+
+
+def test_deltas_agree_with_the_authors_numbers():
+    deltas = torch.tensor([[1.0, -2.0, 0.5, -0.3], [0.0, 0.0, 20.0, 20.0]])
+    boxes = torch.tensor([[10.0, 20.0, 110.0, 70.0], [0.0, 0.0, 2.0, 4.0]])
+    expected = torch.tensor(
+        [
+            [27.563942, -23.520454, 192.436066, 13.520454],
+            [-6248.998, -12497.996, 6250.998, 12501.996],
+        ]
+    )
+    torch.testing.assert_close(apply_box_deltas(deltas, boxes), expected)
+
+
+def test_zero_deltas_keep_the_box():
+    boxes = torch.tensor([[3.0, 4.0, 11.0, 10.0], [-7.0, 2.0, 900.0, 3.0]])
+    torch.testing.assert_close(apply_box_deltas(torch.zeros(2, 4), boxes), boxes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_deltas_move_pixels_in_float32(dtype):
+    deltas = torch.tensor([[0.5, 0.25, 0.0, 0.0]], dtype=dtype)
+    boxes = torch.tensor([[1001.0, 2003.0, 1005.0, 2011.0]])
+    refined = apply_box_deltas(deltas, boxes)
+    assert refined.tolist() == [[1002.0, 2004.0, 1006.0, 2012.0]]
+
+
+def test_box_deltas_of_another_shape_are_an_error():
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 4\) and \(3, 4\)"):
+        apply_box_deltas(torch.zeros(2, 4), torch.zeros(3, 4))

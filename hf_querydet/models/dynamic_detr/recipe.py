@@ -1,0 +1,19 @@
+"""Training settings of Dynamic DETR (ICCV 2021, pp. 2988-2997).
+
+The paper states AdamW with a learning rate of 1e-4 and runs of 12, 36 and 50 epochs. The rest is
+chosen here after DETR and the common 12-epoch schedule: one drop after epoch 11.
+"""
+
+from hf_querydet.recipe_utils import Recipe
+
+RECIPE = Recipe(
+    learning_rate=1e-4,
+    backbone_learning_rate_factor=0.1,
+    slow_parameters=(),
+    slow_learning_rate_factor=1.0,
+    weight_decay=1e-4,
+    max_grad_norm=0.1,
+    schedule="step",
+    num_epochs=12,
+    step_fraction=11 / 12,
+)

@@ -1,0 +1,518 @@
+"""Sparse R-CNN against its authors' numbers, against oracles, and what only this paper claims."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors.torch import save_file
+from tiny import TINY_BACKBONE, perturb, tiny_batch, tiny_config, tiny_labels
+
+from hf_querydet import (
+    VARIANTS,
+    SparseRCNNConfig,
+    SparseRCNNForObjectDetection,
+)
+from hf_querydet.models.sparse_rcnn import modeling_sparse_rcnn
+from hf_querydet.models.sparse_rcnn.modeling_sparse_rcnn import DynamicInstanceInteractiveHead
+from hf_querydet.training import parameter_groups
+
+WHOLE_PICTURE = [0.5, 0.5, 1.0, 1.0]
+
+
+def build(**changes):
+    return SparseRCNNForObjectDetection(tiny_config(VARIANTS, "sparse_rcnn", **changes))
+
+
+def forward(model, **inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs)
+
+
+# The authors' numbers
+
+
+def wave(size, shift, amplitude):
+    """Numbers that any program can make again, without a random generator."""
+    i = torch.arange(size, dtype=torch.float64)
+    return (amplitude * (0.7 * i + 1.3 * shift + 0.05 * (0.013 * i).cos() * i.sqrt()).sin()).float()
+
+
+def authors_names(config):
+    """Names of a head's tensors in the authors' files, in alphabetical order, with their shapes."""
+    hidden, inner, dim = config.d_model, config.decoder_ffn_dim, config.dynamic_dim
+    shapes = {
+        "self_attn.in_proj_weight": (3 * hidden, hidden),
+        "self_attn.in_proj_bias": (3 * hidden,),
+        "self_attn.out_proj.weight": (hidden, hidden),
+        "self_attn.out_proj.bias": (hidden,),
+        "inst_interact.dynamic_layer.weight": (2 * hidden * dim, hidden),
+        "inst_interact.dynamic_layer.bias": (2 * hidden * dim,),
+        "inst_interact.out_layer.weight": (hidden, 49 * hidden),
+        "inst_interact.out_layer.bias": (hidden,),
+        "linear1.weight": (inner, hidden),
+        "linear1.bias": (inner,),
+        "linear2.weight": (hidden, inner),
+        "linear2.bias": (hidden,),
+        "class_logits.weight": (config.num_labels, hidden),
+        "class_logits.bias": (config.num_labels,),
+        "bboxes_delta.weight": (4, hidden),
+        "bboxes_delta.bias": (4,),
+    }
+    norms = {
+        "inst_interact.norm1": dim,
+        "inst_interact.norm2": hidden,
+        "inst_interact.norm3": hidden,
+    }
+    norms |= dict.fromkeys(["norm1", "norm2", "norm3", "cls_module.1"], hidden)
+    norms |= {f"reg_module.{i}": hidden for i in (1, 4, 7)}
+    for name, size in norms.items():
+        shapes |= {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+    shapes |= {f"{name}.weight": (hidden, hidden) for name in ("cls_module.0", "reg_module.0")}
+    shapes |= {f"{name}.weight": (hidden, hidden) for name in ("reg_module.3", "reg_module.6")}
+    names = {
+        f"head_series.{stage}.{name}": shape
+        for stage in range(config.decoder_layers)
+        for name, shape in shapes.items()
+    }
+    return dict(sorted(names.items())), norms
+
+
+OUR_NAMES = {
+    "self_attn.out_proj": "self_attention.out_proj",
+    "inst_interact.dynamic_layer": "dynamic_convolution.filter_generator",
+    "inst_interact.norm1": "dynamic_convolution.norms.0",
+    "inst_interact.norm2": "dynamic_convolution.norms.1",
+    "inst_interact.norm3": "dynamic_convolution.output_norm",
+    "inst_interact.out_layer": "dynamic_convolution.output_projection",
+    "norm1": "self_attention_norm",
+    "norm2": "interaction_norm",
+    "norm3": "feed_forward.norm",
+    "linear1": "feed_forward.expand",
+    "linear2": "feed_forward.contract",
+    "cls_module.0": "class_tower.layers.0",
+    "cls_module.1": "class_tower.norms.0",
+    **{f"reg_module.{3 * i}": f"box_tower.layers.{i}" for i in range(3)},
+    **{f"reg_module.{3 * i + 1}": f"box_tower.norms.{i}" for i in range(3)},
+    "class_logits": "class_head",
+    "bboxes_delta": "box_head",
+}
+
+
+def stages_with_the_authors_weights(config):
+    weights = [{} for _ in range(config.decoder_layers)]
+    names, norms = authors_names(config)
+    for shift, (name, shape) in enumerate(names.items()):
+        _, stage, rest = name.split(".", 2)
+        size = math.prod(shape)
+        is_weight = rest.endswith("weight")
+        if rest.rsplit(".", 1)[0] in norms:
+            value = wave(size, shift, 0.1) + (1 if is_weight else 0)
+        elif len(shape) > 1:
+            value = wave(size, shift, math.sqrt(2 / shape[-1]))
+        else:
+            value = wave(size, shift, 0.05)
+        value = value.view(shape)
+        own = weights[int(stage)]
+        if "in_proj" in rest:
+            suffix = "weight" if is_weight else "bias"
+            for projection, part in zip("qkv", value.chunk(3), strict=True):
+                own[f"self_attention.{projection}_proj.{suffix}"] = part
+        else:
+            module, suffix = rest.rsplit(".", 1)
+            own[f"{OUR_NAMES[module]}.{suffix}"] = value
+    stages = []
+    for own in weights:
+        stage = DynamicInstanceInteractiveHead(config, finest_level=2)
+        stage.load_state_dict(own)
+        stages.append(stage.eval())
+    return stages
+
+
+def test_stages_agree_with_the_authors_modules():
+    config = SparseRCNNConfig(num_labels=80, decoder_layers=2, attn_implementation="sdpa")
+    sizes = [(64, 80), (32, 40), (16, 20), (8, 10)]
+    levels = [
+        wave(2 * 256 * height * width, 100 + level, 1.0).view(2, 256, height, width)
+        for level, (height, width) in enumerate(sizes)
+    ]
+    features = wave(5 * 256, 200, 1.0).view(1, 5, 256).expand(2, -1, -1)
+    boxes = torch.tensor(
+        [
+            [0.5, 0.5, 1.0, 1.0],
+            [0.2, 0.3, 0.1, 0.2],
+            [0.7, 0.6, 0.5, 0.3],
+            [0.9, 0.9, 0.4, 0.4],
+            [0.05, 0.05, 0.02, 0.03],
+        ]
+    )
+    scale = torch.tensor([[320.0, 256, 320, 256], [300, 200, 300, 200]])[:, None]
+    boxes = (
+        torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1) * scale
+    )
+    all_boxes = []
+    with torch.no_grad():
+        for stage in stages_with_the_authors_weights(config):
+            features, boxes, _ = stage(features, boxes, *levels)
+            all_boxes.append(boxes)
+        logits = stage.classify(features)
+
+    # Printed with six decimals by the authors' modules.
+    first_logits = [
+        [-0.744052, 0.634487, -0.623649],
+        [-0.451275, 0.739555, -0.194176],
+        [-0.391446, 0.124387, -0.439637],
+        [-0.851346, 0.935426, -0.102603],
+        [-0.914951, 0.215867, -0.835465],
+    ]
+    last_logits = [
+        [-1.082584, -0.202411, 0.009436],
+        [-0.506973, -0.955419, -0.033642],
+        [-0.830598, -0.216260, -0.264939],
+        [0.162567, -0.385069, -0.483989],
+        [-0.893327, -0.076000, -0.045370],
+    ]
+    first_stage = [
+        [-393.503357, -416.867035, 1140.279053, 810.600952],
+        [39.493225, 41.301121, 114.459793, 109.730225],
+        [-100.085632, 75.973663, 805.000916, 293.744812],
+        [110.914536, 128.599518, 587.512085, 417.553070],
+        [1.988434, 3.785281, 40.146812, 30.796452],
+    ]
+    last_stage = [
+        [38.908691, -76.167015, 930.052734, 131.606934],
+        [-15.558655, 26.162949, 297.862427, 118.004791],
+        [-54.264771, 73.243805, 1058.425781, 201.868713],
+        [154.639221, 10.643753, 694.019775, 419.357117],
+        [-0.755323, -0.479874, 58.192039, 35.145737],
+    ]
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(logits[0, :, :3], torch.tensor(first_logits), **close)
+    torch.testing.assert_close(logits[1, :, 77:], torch.tensor(last_logits), **close)
+    for actual, expected in ((all_boxes[0][0], first_stage), (all_boxes[1][1], last_stage)):
+        # Relative to a box's longer side, which is what rounding is relative to.
+        expected = torch.tensor(expected)
+        size = (expected[:, 2:] - expected[:, :2]).amax(-1, keepdim=True)
+        torch.testing.assert_close(actual / size, expected / size, **close)
+
+
+# Stages
+
+
+def test_stages_without_deltas_keep_the_learned_boxes():
+    model = perturb(build(decoder_layers=3))
+    learned = torch.tensor([[0.3, 0.6, 0.2, 0.5]]).repeat(5, 1) + torch.rand(5, 4) * 0.1
+    with torch.no_grad():
+        model.model.proposal_boxes.weight.copy_(learned)
+        for stage in model.model.stages:
+            stage.box_head.weight.zero_()
+            stage.box_head.bias.zero_()
+
+    boxes = forward(model, **tiny_batch()).intermediate_boxes
+
+    torch.testing.assert_close(boxes, learned.expand(3, 2, 5, 4))
+
+
+def test_each_stage_pools_from_the_boxes_of_the_one_before(monkeypatch):
+    model = perturb(build(decoder_layers=3))
+    pooled_from = []
+
+    def pool(levels, boxes, **options):
+        pooled_from.append(boxes)
+        return pool_regions(levels, boxes, **options)
+
+    pool_regions = modeling_sparse_rcnn.pool_regions
+    monkeypatch.setattr(modeling_sparse_rcnn, "pool_regions", pool)
+    boxes = forward(model, **tiny_batch()).intermediate_boxes
+
+    sizes = torch.tensor([[64.0, 70, 64, 70], [101, 45, 101, 45]])[:, None]
+    for predicted, pixels in zip(boxes, pooled_from[1:], strict=False):
+        cx, cy, width, height = (predicted * sizes).unbind(-1)
+        corners = [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2]
+        torch.testing.assert_close(pixels, torch.stack(corners, -1), rtol=1e-4, atol=1e-3)
+
+
+def test_first_boxes_are_whole_pictures_without_their_padding(monkeypatch):
+    first = []
+
+    def pool(levels, boxes, **options):
+        first.append(boxes)
+        return torch.zeros(2, 5, 9, 32)
+
+    monkeypatch.setattr(modeling_sparse_rcnn, "pool_regions", pool)
+    forward(build(), **tiny_batch())
+
+    expected = torch.tensor([[0.0, 0, 64, 70], [0, 0, 101, 45]])
+    torch.testing.assert_close(first[0], expected[:, None].expand(-1, 5, -1))
+
+
+def test_boxes_of_a_stage_do_not_train_the_stages_before():
+    model = build(decoder_layers=3)
+    boxes = model(**tiny_batch()).intermediate_boxes
+    boxes[-1].sum().backward()
+
+    assert not model.model.proposal_boxes.weight.grad.any()
+    assert not any(stage.box_head.weight.grad.any() for stage in model.model.stages[:-1])
+    assert model.model.stages[-1].box_head.weight.grad.any()
+    # Features are not detached.
+    assert model.model.proposal_features.weight.grad.any()
+    assert model.model.stages[0].dynamic_convolution.filter_generator.weight.grad.any()
+
+
+def test_boxes_of_the_first_stage_train_the_learned_boxes():
+    model = build()
+    outputs = model(**tiny_batch())
+    outputs.intermediate_boxes[0].sum().backward()
+    assert model.model.proposal_boxes.weight.grad.any()
+
+
+def test_permuted_proposals_permute_predictions():
+    model = perturb(build())
+    expected = forward(model, **tiny_batch_of_seed(1))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    with torch.no_grad():
+        for table in (model.model.proposal_boxes, model.model.proposal_features):
+            table.weight.copy_(table.weight[order])
+
+    actual = forward(model, **tiny_batch_of_seed(1))
+
+    torch.testing.assert_close(actual.logits, expected.logits[:, order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        actual.pred_boxes, expected.pred_boxes[:, order], rtol=1e-4, atol=1e-4
+    )
+
+
+def tiny_batch_of_seed(seed):
+    torch.manual_seed(seed)
+    return tiny_batch()
+
+
+# Canvas
+
+
+def test_picture_has_the_same_boxes_alone_on_the_canvas_of_its_batch():
+    model = perturb(build())
+    batch = tiny_batch()
+    together = forward(model, **batch)
+    for index in range(2):
+        alone = forward(model, **{name: value[index : index + 1] for name, value in batch.items()})
+        torch.testing.assert_close(
+            alone.pred_boxes[0], together.pred_boxes[index], rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=1e-4, atol=1e-4)
+
+
+def test_canvas_is_padded_to_a_multiple_of_32():
+    model = perturb(build())
+    batch = tiny_batch()
+    padded = {
+        "pixel_values": torch.nn.functional.pad(batch["pixel_values"], (0, 27, 0, 26)),
+        "pixel_mask": torch.nn.functional.pad(batch["pixel_mask"], (0, 27, 0, 26)),
+    }
+    assert padded["pixel_values"].shape[-2:] == (96, 128)
+    actual, expected = forward(model, **batch), forward(model, **padded)
+    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, rtol=0, atol=0)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=0)
+
+
+def test_canvas_without_a_mask_is_the_picture_before_it_is_padded():
+    model = perturb(build())
+    pixel_values = torch.randn(2, 3, 70, 101)
+    full = torch.ones(2, 70, 101, dtype=torch.int64)
+    actual = forward(model, pixel_values=pixel_values)
+    expected = forward(model, pixel_values=pixel_values, pixel_mask=full)
+    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("stages", "finest_level"), [([1, 2, 3, 4], 2), ([3, 4], 4)])
+def test_levels_end_at_stride_32(stages, finest_level):
+    model = build(backbone_config={**TINY_BACKBONE, "out_indices": stages})
+    assert {stage.finest_level for stage in model.model.stages} == {finest_level}
+    channels = model.model.backbone.channels
+    sides = []
+    model.model.feature_pyramid.register_forward_hook(
+        lambda module, inputs, levels: sides.extend(level.shape[-1] for level in levels)
+    )
+    forward(model, pixel_values=torch.randn(1, 3, 64, 128))
+    assert sides == [128 // 2 ** (finest_level + i) for i in range(len(channels))]
+
+
+# Loss
+
+
+@pytest.mark.parametrize("use_focal", [True, False])
+def test_loss_is_that_of_the_definition_with_corners(use_focal):
+    model = perturb(build(use_focal=use_focal, eos_coefficient=0.3, focal_alpha=0.4)).eval()
+    outputs = model(**tiny_batch(), labels=tiny_labels())
+    logits = torch.cat([outputs.auxiliary_outputs.logits, outputs.logits[None]])
+    boxes = torch.cat([outputs.auxiliary_outputs.pred_boxes, outputs.pred_boxes[None]])
+    expected, total = {}, 0.0
+    for stage, suffix in enumerate(["_0", ""]):
+        terms = oracles.set_loss(
+            logits[stage].detach().double(),
+            boxes[stage].detach().double(),
+            tiny_labels(),
+            class_cost=2.0,
+            bbox_cost=5.0,
+            giou_cost=2.0,
+            no_object_weight=None if use_focal else 0.3,
+            alpha=0.4,
+            distance=oracles.corner_l1,
+        )
+        expected |= {name + suffix: value for name, value in terms.items()}
+        total += 2 * terms["loss_ce"] + 5 * terms["loss_bbox"] + 2 * terms["loss_giou"]
+
+    actual = {name: value.item() for name, value in outputs.loss_dict.items()}
+    assert actual == pytest.approx(expected, rel=1e-4)
+    assert outputs.loss.item() == pytest.approx(total, rel=1e-4)
+    assert logits.shape[-1] == (3 if use_focal else 4)
+
+
+def test_more_objects_than_proposals_can_be_trained():
+    model = build(num_queries=1)
+    outputs = model(**tiny_batch(), labels=tiny_labels())
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+
+
+# First values
+
+
+def fresh(folder, **changes):
+    """A model built on the meta device of which the file holds the backbone only."""
+    model = build(**changes)
+    model.config.save_pretrained(folder)
+    weights = {name: v for name, v in model.state_dict().items() if ".backbone." in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return SparseRCNNForObjectDetection.from_pretrained(folder)
+
+
+# As many labels as a box has coordinates, as a dynamic filter has channels, as a token has.
+@pytest.mark.parametrize("num_labels", [4, 8, 32])
+def test_focal_prior_reaches_the_class_heads_alone(num_labels, tmp_path):
+    for model in (build(num_labels=num_labels), fresh(tmp_path, num_labels=num_labels)):
+        prior = -math.log(99)
+        hit = {
+            name
+            for name, parameter in model.named_parameters()
+            if torch.allclose(parameter, torch.tensor(prior))
+        }
+        assert hit == {f"model.stages.{stage}.class_head.bias" for stage in range(2)}
+
+
+def test_softmax_class_heads_have_no_prior():
+    for stage in build(use_focal=False).model.stages:
+        assert stage.class_head.bias.abs().max() <= 32**-0.5
+
+
+def test_proposals_start_as_whole_pictures_with_normal_features(tmp_path):
+    for model in (build(num_queries=60), fresh(tmp_path, num_queries=60)):
+        boxes = model.model.proposal_boxes.weight
+        assert torch.equal(boxes, torch.tensor(WHOLE_PICTURE).expand(60, 4))
+        assert model.model.proposal_features.weight.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_matrices_of_a_stage_are_xavier_uniform(tmp_path):
+    for model in (build(), fresh(tmp_path)):
+        stage = model.model.stages[1]
+        matrices = [
+            stage.dynamic_convolution.filter_generator,
+            stage.dynamic_convolution.output_projection,
+            *stage.class_tower.layers,
+            *stage.box_tower.layers,
+            stage.class_head,
+            stage.box_head,
+            stage.feed_forward.expand,
+        ]
+        for layer in matrices:
+            bound = (6 / sum(layer.weight.shape)) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+
+
+def test_pyramid_starts_with_variance_one_over_fan_in(tmp_path):
+    for model in (build(), fresh(tmp_path)):
+        pyramid = model.model.feature_pyramid
+        for layer in (*pyramid.lateral_projections, *pyramid.output_convolutions):
+            bound = (3 / layer.weight[0].numel()) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+            assert not layer.bias.any()
+
+
+# Configuration and recipe
+
+
+def test_proposals_are_another_name_of_queries():
+    config = SparseRCNNConfig(num_proposals=17)
+    assert config.num_queries == config.num_proposals == 17
+    assert config.to_dict()["num_queries"] == 17
+
+
+def test_named_configurations_have_80_labels():
+    config = SparseRCNNConfig.from_name("r101-300")
+    assert (config.num_labels, config.num_queries) == (80, 300)
+    assert config.backbone_config.backbone == "resnet101.tv_in1k"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder_layers": 2}, "encoder_layers must be 0, .* got 2"),
+        ({"decoder_attention_heads": 5}, "multiple of decoder_attention_heads, got 256 and 5"),
+        ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
+        ({"pooling_size": 0}, "pooling_size must be at least 1, got 0"),
+        ({"pooling_sampling_ratio": 0}, "pooling_sampling_ratio must be at least 1, got 0"),
+        ({"dynamic_dim": 0}, "dynamic_dim must be at least 1, got 0"),
+        ({"class_tower_layers": -1}, "class_tower_layers must be at least 0, got -1"),
+        ({"box_tower_layers": -1}, "box_tower_layers must be at least 0, got -1"),
+        ({"dilation": True}, "last stage has stride 16 .*set dilation=False"),
+    ],
+)
+def test_fields_that_do_not_fit_are_an_error(options, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        SparseRCNNConfig(**options)
+
+
+def test_backbone_learns_as_fast_as_the_rest():
+    groups = parameter_groups(build(), VARIANTS["sparse_rcnn"].recipe)
+    assert {group["name"]: group["lr"] for group in groups} == {"main": 2.5e-5, "backbone": 2.5e-5}
+
+
+# Graphs
+
+
+def test_exported_program_takes_every_size_beyond_one_coarsest_cell():
+    model = perturb(build()).eval()
+    batch = torch.export.Dim("batch")
+    height, width = (torch.export.Dim(axis, min=33) for axis in ("height", "width"))
+    program = torch.export.export(
+        model,
+        (),
+        {
+            "pixel_values": torch.randn(2, 3, 130, 165),
+            "pixel_mask": torch.ones(2, 130, 165, dtype=torch.int64),
+        },
+        dynamic_shapes={
+            "pixel_values": {0: batch, 2: height, 3: width},
+            "pixel_mask": {0: batch, 1: height, 2: width},
+        },
+    )
+    inputs = tiny_batch()
+    actual, expected = program.module()(**inputs), forward(model, **inputs)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_model_compiles_for_dynamic_sizes():
+    model = perturb(build(decoder_layers=1)).model.eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    pixel_values = torch.randn(2, 3, 70, 101)
+    with torch.no_grad():
+        actual, expected = (each(pixel_values).intermediate_boxes for each in (compiled, model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_hold_the_pyramid_as_tokens():
+    outputs = forward(build(), pixel_values=torch.randn(1, 3, 64, 96), output_hidden_states=True)
+    (tokens,) = outputs.encoder_hidden_states
+    assert tokens.shape == (1, 16 * 24 + 8 * 12 + 4 * 6 + 2 * 3, 32)
