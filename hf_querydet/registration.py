@@ -22,6 +22,13 @@ from hf_querydet.checkpoint_mapping_utils import weight_renamings
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.anchor_detr import (
+    AnchorDETRConfig,
+    AnchorDETRForObjectDetection,
+    AnchorDETRImageProcessor,
+    AnchorDETRModel,
+)
+from hf_querydet.models.anchor_detr.recipe import RECIPE as ANCHOR_DETR_RECIPE
 from hf_querydet.models.deformable_detr import (
     DeformableDETRConfig,
     DeformableDETRForObjectDetection,
@@ -90,6 +97,19 @@ VARIANTS: dict[str, Variant] = {
             "As in the authors' code, the group normalisation of feature levels takes its "
             "statistics from the whole padded map, the extra level's convolution sees the "
             "padding's border, and two-stage proposals may come from padded tokens."
+        ),
+    ),
+    "anchor_detr": Variant(
+        config=AnchorDETRConfig,
+        model=AnchorDETRModel,
+        detector=AnchorDETRForObjectDetection,
+        image_processor=AnchorDETRImageProcessor,
+        recipe=ANCHOR_DETR_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "As in the authors' code, the group normalisation of features takes its statistics "
+            "from the whole padded map, and the keys of row-column attention are averages over "
+            "padded cells too; average_valid_keys=True leaves these out."
         ),
     ),
 }

@@ -17,6 +17,10 @@ PARAMETERS = {
     ("deformable_detr", "r50-single-scale-dc5"): 34_066_593,
     ("deformable_detr", "r50-refine"): 40_849_660,
     ("deformable_detr", "r50-two-stage"): 41_181_529,
+    ("anchor_detr", "r50"): 37_038_711,
+    ("anchor_detr", "r50-dc5"): 37_038_711,
+    ("anchor_detr", "r101"): 55_978_615,
+    ("anchor_detr", "r101-dc5"): 55_978_615,
 }
 # Of the paper's stem and first stage, which it freezes.
 FROZEN = 222_400
