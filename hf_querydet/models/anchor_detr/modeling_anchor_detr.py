@@ -46,7 +46,8 @@ class AnchorDETRModelOutput(DetectorModelOutput):
     Attributes:
         cross_attentions: Attention from queries to memory per decoder layer, (batch, heads,
             num_queries, num_tokens), if asked for: the products of the factors below, or with
-            ``attention_type="full"`` the weights themselves (needs ``attn_implementation="eager"``).
+            ``attention_type="full"`` the weights themselves, which need
+            ``attn_implementation="eager"``.
         encoder_attentions: With ``attention_type="full"`` as in DETR. None with row-column
             attention, which is there to avoid weights between all pairs of cells.
         anchor_points: Of every query, (batch, num_queries, 2), normalised (x, y), at least float32.
