@@ -126,7 +126,7 @@ class AnchorDETRConfig(DetectorConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """See :class:`DetectorConfig`."""
         super().__post_init__(**kwargs)
-        if self.spatial_prior == "grid":
+        if self.spatial_prior == "grid" and self.num_query_positions > 0:
             self.num_query_positions = self.grid_side**2
         num_queries = self.num_query_positions * self.num_query_patterns
         if self.num_queries not in (None, num_queries):
@@ -140,7 +140,7 @@ class AnchorDETRConfig(DetectorConfig):
     @property
     def grid_side(self) -> int:
         """Anchor points in a row of the grid, and rows."""
-        return round(max(self.num_query_positions, 0) ** 0.5)
+        return round(self.num_query_positions**0.5)
 
     def validate_architecture(self) -> None:
         """Check the fields against one another.
