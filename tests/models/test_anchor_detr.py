@@ -467,6 +467,15 @@ def test_cells_under_padding_do_not_reach_predictions(kind, monkeypatch):
 # ---- the common promises, of the options ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["full", "levels"])
+def test_batch_without_mask_equals_its_single_pictures(kind):
+    model, pixel_values = perturb(build(kind)), torch.randn(2, 3, 64, 96)
+    together = forward(model, pixel_values=pixel_values)
+    for index in range(2):
+        alone = forward(model, pixel_values=pixel_values[index : index + 1])
+        torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["full", "levels", "grid"])
 def test_every_parameter_gets_a_gradient(kind):
     model = build(kind).train()

@@ -2,10 +2,10 @@
 
 In DETR an object query is a vector that nobody can read. Here it is an anchor point, a place in the
 picture, encoded with the same functions as the places of cells, so that a query looks for objects
-near its point and predicts boxes relative to it (Sec. 3.2). Several objects may lie around one
-point, so every point comes with several patterns (Sec. 3.3): 300 points of 3 patterns are 900
+near its point and predicts boxes relative to it. Several objects may lie around one
+point, so every point comes with several patterns: 300 points of 3 patterns are 900
 queries. Attention to the picture is decoupled into attention along rows and along columns, which
-needs less memory than weights for every cell (Sec. 3.4).
+needs less memory than weights for every cell.
 
 Beside that: sigmoid classes with focal loss, no dropout, group normalisation of the features.
 """
@@ -395,7 +395,7 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
         if config.spatial_prior == "learned":
             self.anchor_points = nn.Embedding(config.num_query_positions, 2)
         self.patterns = nn.Embedding(config.num_query_patterns, config.d_model)
-        # Both are shared by queries and cells, by all layers, and the first by x and y.
+        # Queries, cells and all layers share them; x and y share the first.
         if config.attention_type == "row_column":
             self.coordinate_mlp = MLP(
                 input_size=config.d_model,
@@ -459,11 +459,7 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
         maps = self.input_projection([features for features, _ in stages])
         batch_size, num_levels, height, width, _ = maps.shape
         # All levels are of one size; the authors give them the mask of the last.
-        padding_mask = stages[-1][1]
-        is_padding = padding_mask
-        if is_padding is None:
-            is_padding = torch.zeros_like(maps[:1, 0, ..., 0], dtype=torch.bool)
-        x, y = cell_coordinates(is_padding)
+        memory, cell_inputs = self._cells(maps, stages[-1][1])
 
         # Queries: pattern after pattern, each at all anchor points
         points = self._anchor_points()
@@ -471,26 +467,6 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
         object_queries = object_queries.to(maps.dtype).expand(batch_size, -1, -1)
         points = points.repeat(self.config.num_query_patterns, 1)
         query_positions = self._embed_points(points[:, 0], points[:, 1], maps.dtype)
-
-        # What attention to the picture takes: of cells in the encoder, beside them in the decoder
-        if self.config.attention_type == "row_column":
-            memory = maps.flatten(0, 1)
-            row_positions = self._embed_coordinates(x, maps.dtype).repeat_interleave(num_levels, 0)
-            column_positions = self._embed_coordinates(y, maps.dtype).repeat_interleave(
-                num_levels, 0
-            )
-            if padding_mask is not None:
-                padding_mask = padding_mask.repeat_interleave(num_levels, 0)
-            cell_inputs = (row_positions, column_positions, padding_mask)
-        else:
-            memory = maps.flatten(1, 3)
-            positions = self._embed_points(
-                x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width), maps.dtype
-            ).flatten(1, 2)
-            memory_mask = None
-            if padding_mask is not None:
-                memory_mask = attention_mask_from_padding(padding_mask.flatten(1))
-            cell_inputs = (positions, memory_mask)
 
         # Encoder
         encoder_states, encoder_weights = [memory], []
@@ -511,6 +487,7 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
             query_coordinates = self._embed_coordinates(points, maps.dtype)
             picture = (*query_coordinates.unbind(1), memory, *cell_inputs)
         else:
+            positions, memory_mask = cell_inputs
             picture = (query_positions, memory + positions, memory, memory_mask)
         decoder_states, decoder_attentions, cross_weights = [object_queries], [], []
         for layer in self.decoder_layers:
@@ -542,6 +519,35 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
             **attentions,
         )
 
+    def _cells(
+        self, maps: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Cells as attention takes them, and their positions and padding.
+
+        With row-column attention (batch * levels, height, width, d_model), positions of rows, of
+        columns, padding mask; with full attention (batch, num_tokens, d_model), positions,
+        attention mask.
+        """
+        num_levels, height, width = maps.shape[1:4]
+        if padding_mask is None:
+            x, y = cell_coordinates(torch.zeros_like(maps[:1, 0, ..., 0], dtype=torch.bool))
+        else:
+            x, y = cell_coordinates(padding_mask)
+        if self.config.attention_type == "row_column":
+            positions = [self._embed_coordinates(axis, maps.dtype) for axis in (x, y)]
+            if padding_mask is not None:
+                # Once for every level of a picture; without padding all maps share one.
+                positions = [each.repeat_interleave(num_levels, 0) for each in positions]
+                padding_mask = padding_mask.repeat_interleave(num_levels, 0)
+            return maps.flatten(0, 1), (*positions, padding_mask)
+        positions = self._embed_points(
+            x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width), maps.dtype
+        )
+        memory_mask = None
+        if padding_mask is not None:
+            memory_mask = attention_mask_from_padding(padding_mask.flatten(1))
+        return maps.flatten(1, 3), (positions.flatten(1, 2), memory_mask)
+
     def _anchor_points(self) -> Tensor:
         """Anchor points without their patterns, (num_query_positions, 2), at least float32."""
         if self.config.spatial_prior == "grid":
@@ -557,7 +563,7 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
 
     def _embed_points(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Embedding of points, two of (...) to (..., d_model)."""
-        # First y, then x, as everywhere in the authors' code.
+        # First y, then x, as in the authors' code.
         features = [
             sine_features(coordinate * (2 * math.pi), self.config.d_model // 2)
             for coordinate in (y, x)

@@ -1,4 +1,4 @@
-"""Row-column decoupled attention (Anchor DETR, arXiv:2109.07107, Sec. 3.4).
+"""Row-column decoupled attention (Anchor DETR, arXiv:2109.07107).
 
 Letters: N maps, Q queries, M heads, D channels of a head, H rows and W columns of a map.
 """
