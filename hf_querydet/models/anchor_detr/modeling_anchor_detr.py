@@ -2,10 +2,10 @@
 
 In DETR an object query is a vector that nobody can read. Here it is an anchor point, a place in the
 picture, encoded with the same functions as the places of cells, so that a query looks for objects
-near its point and predicts boxes relative to it. Several objects may lie around one
-point, so every point comes with several patterns: 300 points of 3 patterns are 900
-queries. Attention to the picture is decoupled into attention along rows and along columns, which
-needs less memory than weights for every cell.
+near its point and predicts boxes relative to it. Several objects may lie around one point, so every
+point comes with several patterns: 300 points of 3 patterns are 900 queries. Attention to the
+picture is decoupled into attention along rows and along columns, which needs less memory than a
+weight for every cell.
 
 Beside that: sigmoid classes with focal loss, no dropout, group normalisation of the features.
 """

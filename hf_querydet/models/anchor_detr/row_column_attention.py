@@ -16,7 +16,8 @@ class RowColumnAttention(nn.Module):
     output is the sum of `A_column[q, y] * A_row[q, x] * value[y, x]` over all cells.
 
     Where full attention holds Q * M * H * W weights, this holds Q * M * (H + W), and between its
-    two sums a temporary of Q * M * D times the shorter side.
+    two sums a temporary of Q * M * D times the shorter side. (Fused kernels of full attention,
+    which came after the paper, hold less than either.)
 
     The authors average projected keys; averaging before the projection is the same, the projection
     being linear, and needs H or W times fewer products.
