@@ -4,8 +4,9 @@ import ctypes
 import gc
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,75 @@ def _status_bytes(name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def measure_case(
+    runs: dict[str, Callable],
+    inputs: list[Tensor],
+    grad: Tensor | None,
+    *,
+    device: str,
+    rounds: int,
+    baselines: Sequence[str],
+) -> dict[str, dict]:
+    """Times and memory of each implementation that can run this case.
+
+    Args:
+        runs: Implementations by name, functions of the inputs.
+        inputs: Tensors.
+        grad: Gradient of the output; None measures the forward alone, without autograd.
+        device: Of the inputs.
+        rounds: In each of them all implementations take their turn.
+        baselines: Implementations that the others are compared with, round by round.
+    """
+    calls_of, results = {}, {}
+    for name, function in runs.items():
+
+        def call(function=function):
+            if grad is None:
+                with torch.no_grad():
+                    return function(*inputs)
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            return torch.autograd.grad(function(*leaves), leaves, grad)
+
+        try:
+            call()
+        except (RuntimeError, NotImplementedError) as error:
+            results[name] = {"error": str(error).splitlines()[0]}
+            continue
+        once = seconds_per_call(call, device, 1)
+        calls_of[name] = (call, max(1, min(50, int(0.05 / once))))
+    times = {name: [] for name in calls_of}
+    for _ in range(rounds):
+        for name, (call, calls) in calls_of.items():
+            times[name].append(seconds_per_call(call, device, calls))
+    for name, (call, _) in calls_of.items():
+        results[name] = {
+            "median_ms": 1e3 * statistics.median(times[name]),
+            "min_ms": 1e3 * min(times[name]),
+            "peak_extra_mb": peak_extra_bytes(call, device) / 1e6,
+        }
+        for other in baselines:
+            if other in times and other != name:
+                results[name][f"times_faster_than_{other}"] = median_ratio(
+                    times[other], times[name]
+                )
+    return results
+
+
+def print_case(title: str, results: dict[str, dict]) -> None:
+    print(f"\n{title}")
+    for name, result in results.items():
+        if "error" in result:
+            print(f"  {name:24} cannot: {result['error'][:90]}")
+            continue
+        ratios = "  ".join(
+            f"{value:6.1f} x {key.rpartition('_')[2]}"
+            for key, value in result.items()
+            if key.startswith("times")
+        )
+        print(
+            f"  {name:24} median {result['median_ms']:9.2f} ms   min {result['min_ms']:9.2f} ms   "
+            f"memory {result['peak_extra_mb']:8.1f} MB   {ratios}"
+        )
+    sys.stdout.flush()

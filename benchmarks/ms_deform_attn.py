@@ -19,13 +19,12 @@ import argparse
 import json
 import math
 import shlex
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import describe_machine, median_ratio, peak_extra_bytes, seconds_per_call
+from measuring import describe_machine, measure_case, print_case, seconds_per_call
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention,
@@ -147,63 +146,6 @@ def traffic(shape: str, dtype: torch.dtype) -> dict[str, int]:
     return {"corners": corners * size, "arrays": arrays * size}
 
 
-def measure_case(
-    runs: dict[str, Callable], inputs: list[Tensor], grad: Tensor | None, options
-) -> dict[str, dict]:
-    """Times and memory of each implementation that can run this case."""
-    calls_of, results = {}, {}
-    for name, function in runs.items():
-
-        def call(function=function):
-            if grad is None:
-                with torch.no_grad():
-                    return function(*inputs)
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            return torch.autograd.grad(function(*leaves), leaves, grad)
-
-        try:
-            call()
-        except (RuntimeError, NotImplementedError) as error:
-            results[name] = {"error": str(error).splitlines()[0]}
-            continue
-        once = seconds_per_call(call, options.device, 1)
-        calls_of[name] = (call, max(1, min(50, int(0.05 / once))))
-    times = {name: [] for name in calls_of}
-    for _ in range(options.rounds):
-        for name, (call, calls) in calls_of.items():
-            times[name].append(seconds_per_call(call, options.device, calls))
-    for name, (call, _) in calls_of.items():
-        results[name] = {
-            "median_ms": 1e3 * statistics.median(times[name]),
-            "min_ms": 1e3 * min(times[name]),
-            "peak_extra_mb": peak_extra_bytes(call, options.device) / 1e6,
-        }
-        for other in ("transformers", "authors"):
-            if other in times and other != name:
-                results[name][f"times_faster_than_{other}"] = median_ratio(
-                    times[other], times[name]
-                )
-    return results
-
-
-def print_case(title: str, results: dict[str, dict]) -> None:
-    print(f"\n{title}")
-    for name, result in results.items():
-        if "error" in result:
-            print(f"  {name:24} cannot: {result['error'][:90]}")
-            continue
-        ratios = "  ".join(
-            f"{value:6.1f} x {key.rpartition('_')[2]}"
-            for key, value in result.items()
-            if key.startswith("times")
-        )
-        print(
-            f"  {name:24} median {result['median_ms']:9.2f} ms   min {result['min_ms']:9.2f} ms   "
-            f"memory {result['peak_extra_mb']:8.1f} MB   {ratios}"
-        )
-    sys.stdout.flush()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -239,7 +181,12 @@ def main() -> None:
                 grad = torch.ones(1, SHAPES[shape], NUM_HEADS * HEAD_SIZE).to(inputs[0])
                 for direction in ("forward", "forward+backward"):
                     results = measure_case(
-                        runs, inputs, None if direction == "forward" else grad, options
+                        runs,
+                        inputs,
+                        None if direction == "forward" else grad,
+                        device=options.device,
+                        rounds=options.rounds,
+                        baselines=("transformers", "authors"),
                     )
                     case = {
                         "shape": shape,

@@ -3,6 +3,12 @@
 Importing the package registers every detector with transformers' Auto classes and pipelines.
 """
 
+from hf_querydet.models.anchor_detr import (
+    AnchorDETRConfig,
+    AnchorDETRForObjectDetection,
+    AnchorDETRImageProcessor,
+    AnchorDETRModel,
+)
 from hf_querydet.models.conditional_detr import (
     ConditionalDETRConfig,
     ConditionalDETRForObjectDetection,
@@ -45,6 +51,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "AnchorDETRConfig",
+    "AnchorDETRForObjectDetection",
+    "AnchorDETRImageProcessor",
+    "AnchorDETRModel",
     "ConditionalDETRConfig",
     "ConditionalDETRForObjectDetection",
     "ConditionalDETRImageProcessor",

@@ -22,6 +22,13 @@ from hf_querydet.checkpoint_mapping_utils import weight_renamings
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.models.anchor_detr import (
+    AnchorDETRConfig,
+    AnchorDETRForObjectDetection,
+    AnchorDETRImageProcessor,
+    AnchorDETRModel,
+)
+from hf_querydet.models.anchor_detr.recipe import RECIPE as ANCHOR_DETR_RECIPE
 from hf_querydet.models.conditional_detr import (
     ConditionalDETRConfig,
     ConditionalDETRForObjectDetection,
@@ -168,6 +175,19 @@ VARIANTS: dict[str, Variant] = {
         padding_exception=(
             "As in the authors' code, padding is not masked: convolutions of the feature pyramid "
             "and the pooling of boxes see it, so that predictions are equal on equal canvases."
+        ),
+    ),
+    "anchor_detr": Variant(
+        config=AnchorDETRConfig,
+        model=AnchorDETRModel,
+        detector=AnchorDETRForObjectDetection,
+        image_processor=AnchorDETRImageProcessor,
+        recipe=ANCHOR_DETR_RECIPE,
+        transformers_names={},
+        padding_exception=(
+            "As in the authors' code, the group normalisation of features takes its statistics "
+            "from the whole padded map, and the keys of row-column attention are averages over "
+            "padded cells too; average_valid_keys=True leaves these out."
         ),
     ),
 }

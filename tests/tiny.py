@@ -37,6 +37,17 @@ TINY_CONFIGS = {
         "decoder_ffn_dim": 40,
         "decoder_n_points": 2,
     },
+    "anchor_detr": {
+        "num_query_positions": 3,
+        "num_query_patterns": 2,
+        "d_model": 64,  # as above
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 40,
+    },
     "conditional_detr": {
         "num_queries": 5,
         "d_model": 32,

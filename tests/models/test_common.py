@@ -409,7 +409,7 @@ def test_pipeline_detects_without_complaint(name, tmp_path, caplog):
     assert not caplog.records
     # One detection per query, or one per query and class where the processor limits their number.
     per_query = 1 if VARIANTS[name].image_processor.default_top_k is None else NUM_LABELS
-    assert len(detections) == TINY_CONFIGS[name]["num_queries"] * per_query
+    assert len(detections) == tiny_config(VARIANTS, name).num_queries * per_query
     assert {"score", "label", "box"} == set(detections[0])
 
 

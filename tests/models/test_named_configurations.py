@@ -21,6 +21,10 @@ PARAMETERS = {
     ("conditional_detr", "r50-dc5"): 43_418_401,
     ("conditional_detr", "r101"): 62_358_305,
     ("conditional_detr", "r101-dc5"): 62_358_305,
+    ("anchor_detr", "r50"): 37_038_711,
+    ("anchor_detr", "r50-dc5"): 37_038_711,
+    ("anchor_detr", "r101"): 55_978_615,
+    ("anchor_detr", "r101-dc5"): 55_978_615,
 }
 # Sparse R-CNN, layer by layer. First the convolutions of the backbone; with the 53,120 and 105,344
 # affine terms of its batch norms, r50-100 has 106.29 million and r101-100 125.28 million.

@@ -1,0 +1,18 @@
+"""Training settings of Anchor DETR (arXiv:2109.07107; the released runs).
+
+For a batch of 8 in all, the authors' 8 GPUs of 1 picture.
+"""
+
+from hf_querydet.recipe_utils import Recipe
+
+RECIPE = Recipe(
+    learning_rate=1e-4,
+    backbone_learning_rate_factor=0.1,
+    slow_parameters=(),
+    slow_learning_rate_factor=1.0,
+    weight_decay=1e-4,
+    max_grad_norm=0.1,
+    schedule="step",
+    num_epochs=50,
+    step_fraction=0.8,
+)
