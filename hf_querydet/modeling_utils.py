@@ -101,6 +101,12 @@ class DetectorPreTrainedModel(PreTrainedModel):
             attn_implementation = {"": attn_implementation}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses it from the text of the modeling file. Here all attention that there
+        # is a choice for goes through `layers.attention.attend`.
+        return True
+
     def set_training_progress(self, progress: float) -> None:
         """Say how much of a training run is done, before each optimizer step.
 

@@ -24,9 +24,9 @@ def convolution(cells, in_channels, out_channels, kernel=1):
     return cells * in_channels * out_channels * kernel**2
 
 
-def resnet(blocks, dilated=False):
-    """Multiply-adds of the whole network and (height, width) of its last three maps."""
-    height, width = half(HEIGHT), half(WIDTH)
+def resnet(blocks, dilated=False, width=WIDTH):
+    """Multiply-adds of the whole network and (height, width) of its four maps."""
+    height, width = half(HEIGHT), half(width)
     total = convolution(height * width, 3, 64, kernel=7)
     height, width = half(height), half(width)  # maximum pooling
     in_channels, sizes = 64, []
@@ -44,7 +44,7 @@ def resnet(blocks, dilated=False):
                 total += convolution(after, in_channels, 4 * inner)
             in_channels = 4 * inner
         sizes.append((height, width))
-    return total, sizes[1:]
+    return total, sizes
 
 
 def attention(queries, keys):
@@ -97,17 +97,24 @@ def deformable_attention(queries, tokens, levels):
     return projections + queries * samples * 4 * (D // HEADS)
 
 
+def four_levels(sizes):
+    """Multiply-adds of the projections of the last three maps and of an extra one; their sizes."""
+    total = 0
+    for (height, width), channels in zip(sizes[1:], (512, 1024, 2048), strict=True):
+        total += convolution(height * width, channels, D)
+    height, width = half(sizes[-1][0]), half(sizes[-1][1])
+    total += convolution(height * width, 2048, D, kernel=3)
+    return total, [*sizes[1:], (height, width)]
+
+
 def deformable_detr(backbone, levels=4, dilated=False, two_stage=False):
     total, sizes = resnet(BLOCKS[backbone], dilated)
     if levels == 1:
         sizes = sizes[-1:]
         total += convolution(sizes[0][0] * sizes[0][1], 2048, D)
     else:
-        for (height, width), channels in zip(sizes, (512, 1024, 2048), strict=True):
-            total += convolution(height * width, channels, D)
-        height, width = half(sizes[-1][0]), half(sizes[-1][1])
-        total += convolution(height * width, 2048, D, kernel=3)
-        sizes = [*sizes, (height, width)]
+        products, sizes = four_levels(sizes)
+        total += products
     tokens, queries = sum(height * width for height, width in sizes), 300
     total += 6 * (deformable_attention(tokens, tokens, levels) + feed_forward(tokens, 1024))
     layer = attention(queries, queries) + deformable_attention(queries, tokens, levels)
@@ -119,6 +126,82 @@ def deformable_detr(backbone, levels=4, dilated=False, two_stage=False):
     else:
         total += queries * D * 2  # reference points
     return total
+
+
+def efficient_detr(backbone, encoder_layers):
+    total, sizes = resnet(BLOCKS[backbone])
+    products, sizes = four_levels(sizes)
+    total += products
+    tokens, queries = sum(height * width for height, width in sizes), 100
+    layer = deformable_attention(tokens, tokens, levels=4) + feed_forward(tokens, 1024)
+    total += encoder_layers * layer
+    total += tokens * D**2 + heads(tokens, LABELS)  # dense part
+    total += queries * 2 * D * D  # position of a query from the sine of its box
+    total += attention(queries, queries) + deformable_attention(queries, tokens, levels=4)
+    return total + feed_forward(queries, 1024) + heads(queries, LABELS)
+
+
+def row_column_attention(queries, height, width):
+    projections = 3 * queries * D**2 + height * width * D**2 + (height + width) * D**2
+    scores = queries * (height + width) * D
+    return projections + scores + queries * D * (height * width + min(height, width))
+
+
+def anchor_detr(backbone, dilated):
+    total, sizes = resnet(BLOCKS[backbone], dilated)
+    height, width = sizes[-1]
+    cells, queries = height * width, 900
+    total += convolution(cells, 2048, D)
+    # Both coordinates of cells and queries, and the points of queries, through two layers each.
+    total += 2 * (height + width + 3 * queries) * D**2
+    total += 6 * (row_column_attention(cells, height, width) + feed_forward(cells, 1024))
+    layer = attention(queries, queries) + row_column_attention(queries, height, width)
+    total += 6 * (layer + feed_forward(queries, 1024))
+    return total + heads(queries, LABELS)
+
+
+def regions(queries, bins=49, samples=4):
+    """RoIAlign: four corners of every sample."""
+    return queries * bins * samples * 4 * D
+
+
+def sparse_rcnn(backbone, queries):
+    total, sizes = resnet(BLOCKS[backbone], width=640)  # a multiple of 32
+    for (height, width), channels in zip(sizes, (256, 512, 1024, 2048), strict=True):
+        total += convolution(height * width, channels, D)
+        total += convolution(height * width, D, D, kernel=3)
+    stage = attention(queries, queries) + regions(queries)
+    stage += queries * D * (2 * D * 64)  # filters
+    stage += queries * 49 * 2 * D * 64 + queries * 49 * D * D  # applied, and all bins to one vector
+    stage += feed_forward(queries, 2048) + queries * (3 * D**2 + 4 * D)
+    return total + 6 * stage + queries * (D**2 + 80 * D)  # classes of the last stage
+
+
+def dynamic_detr(encoder_layers=6, decoder_layers=6):
+    total, sizes = resnet(BLOCKS["r50"], width=640)
+    sizes = sizes[1:]
+    for (height, width), channels in zip(sizes, (512, 1024, 2048), strict=True):
+        total += convolution(height * width, channels, D)
+        total += convolution(height * width, D, D, kernel=3)
+    for _ in range(2):
+        sizes = [*sizes, (half(sizes[-1][0]), half(sizes[-1][1]))]
+        total += convolution(sizes[-1][0] * sizes[-1][1], D, D, kernel=3)
+    cells = [height * width for height, width in sizes]
+    branches = 0
+    for level, own in enumerate(cells):
+        branches += convolution(own, D, 3 * 9, kernel=3)  # offsets and factors
+        # The convolved map has the level's size, that of the coarser neighbour its own.
+        for size in [own, *([own] if level > 0 else []), *cells[level + 1 : level + 2]]:
+            # Nine taps of all channels, of four corners each; then the products.
+            branches += size * 9 * D * 4 + convolution(size, D, D, kernel=3)
+            branches += 2 * D * D // 16  # scale attention
+        branches += D * D // 4 + D // 4 * 4 * D  # dynamic ReLU
+    total += encoder_layers * branches
+    queries = 300
+    layer = attention(queries, queries) + regions(queries)
+    layer += queries * D * (D * 20) + queries * 49 * D * 20 + queries * 49 * 20 * D
+    layer += feed_forward(queries, 2048) + queries * (3 * D**2 + 4 * D)
+    return total + decoder_layers * layer + queries * (D**2 + LABELS * D)
 
 
 MULTIPLY_ADDS = {
@@ -138,6 +221,21 @@ MULTIPLY_ADDS = {
     ),
     ("deformable_detr", "r50-two-stage"): lambda: deformable_detr("r50", two_stage=True),
     ("deformable_detr", "r101-two-stage"): lambda: deformable_detr("r101", two_stage=True),
+    ("efficient_detr", "r50"): lambda: efficient_detr("r50", encoder_layers=3),
+    ("efficient_detr", "r50-6-encoder-layers"): lambda: efficient_detr("r50", encoder_layers=6),
+    ("efficient_detr", "r101"): lambda: efficient_detr("r101", encoder_layers=3),
+    ("efficient_detr", "r101-6-encoder-layers"): lambda: efficient_detr("r101", encoder_layers=6),
+    ("anchor_detr", "r50"): lambda: anchor_detr("r50", dilated=False),
+    ("anchor_detr", "r50-dc5"): lambda: anchor_detr("r50", dilated=True),
+    ("anchor_detr", "r101"): lambda: anchor_detr("r101", dilated=False),
+    ("anchor_detr", "r101-dc5"): lambda: anchor_detr("r101", dilated=True),
+    ("sparse_rcnn", "r50-100"): lambda: sparse_rcnn("r50", queries=100),
+    ("sparse_rcnn", "r50-300"): lambda: sparse_rcnn("r50", queries=300),
+    ("sparse_rcnn", "r101-100"): lambda: sparse_rcnn("r101", queries=100),
+    ("sparse_rcnn", "r101-300"): lambda: sparse_rcnn("r101", queries=300),
+    ("dynamic_detr", "r50"): dynamic_detr,
+    ("dynamic_detr", "r50-no-encoder"): lambda: dynamic_detr(encoder_layers=0),
+    ("dynamic_detr", "r50-2-decoder-layers"): lambda: dynamic_detr(decoder_layers=2),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torchvision  # noqa: F401 - registers torch.ops.torchvision
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def multilevel_roi_align(
@@ -136,3 +137,19 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.hf_querydet.multilevel_roi_align)
+def _flops(
+    level_shapes: Sequence[torch.Size],
+    rois_shape: torch.Size,
+    indices_shape: torch.Size,
+    scales: Sequence[float],
+    output_size: int,
+    sampling_ratio: int,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    """Four corners per sample and channel, a multiplication and an addition each."""
+    num_samples = rois_shape[0] * (output_size * sampling_ratio) ** 2
+    return 8 * num_samples * level_shapes[0][1]

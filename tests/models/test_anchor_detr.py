@@ -171,7 +171,7 @@ def oracle_point(inner, x, y):
 
 def oracle_heads(module, query, key):
     """Weights of every head, [(..., num_queries, num_keys)], of projected queries and keys."""
-    size = module.head_size
+    size = getattr(module, "head_size", None) or HIDDEN // module.num_heads
     for start in range(0, HIDDEN, size):
         part = slice(start, start + size)
         yield part, query[..., part] @ key[..., part].transpose(-1, -2) / math.sqrt(size)

@@ -306,6 +306,20 @@ def test_half_precision_predictions_are_near_float32(name):
     assert_same_boxes(actual, expected, rtol=0, atol=0.05)
 
 
+def test_attention_implementation_can_be_switched(name, caplog):
+    model = perturb(build(name))
+    pixel_values = torch.randn(1, 3, 64, 96)
+    expected = forward(model, pixel_values=pixel_values)
+
+    with caplog.at_level(logging.WARNING):
+        model.set_attn_implementation("eager")
+
+    assert not caplog.records
+    attentions = forward(model, pixel_values=pixel_values, output_attentions=True)
+    assert attentions.decoder_attentions[0] is not None
+    torch.testing.assert_close(attentions.logits, expected.logits, rtol=0, atol=1e-4)
+
+
 def test_exported_program_takes_other_batches_and_sizes(name):
     model = perturb(build(name)).eval()
     batch, height, width = (torch.export.Dim(axis) for axis in ("batch", "height", "width"))

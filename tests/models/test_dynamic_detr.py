@@ -323,7 +323,7 @@ def test_without_encoder_the_decoder_reads_the_feature_pyramid():
     outputs = {}
 
     def run():
-        outputs.update(forward(model, **tiny_batch()))
+        outputs.update(forward(model, **tiny_batch(), output_hidden_states=True))
 
     ((_, pyramid),) = calls_of([model.model.feature_pyramid], run)
 
@@ -337,7 +337,7 @@ def test_memory_is_what_the_last_encoder_layer_returns():
     outputs = {}
 
     def run():
-        outputs.update(forward(model, **tiny_batch()))
+        outputs.update(forward(model, **tiny_batch(), output_hidden_states=True))
 
     calls = calls_of(model.model.encoder_layers, run)
 

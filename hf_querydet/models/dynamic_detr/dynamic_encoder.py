@@ -30,8 +30,8 @@ def deformable_convolution(
 ) -> Tensor:
     """3x3 convolution whose taps are moved, padded by one cell (arXiv:1703.06211).
 
-    Computed in float32 at least: torchvision has no half type on every device, and positions need
-    more digits than half types have.
+    Computed in float32 at least, under autocast too, where torchvision's operator sees to it:
+    it has no half type on every device, and positions need more digits than half types have.
 
     Args:
         features: (batch, channels_in, height, width).
@@ -46,15 +46,14 @@ def deformable_convolution(
         (batch, channels_out, height_out, width_out), in the data type of ``features``.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
-    with torch.autocast(features.device.type, enabled=False):
-        output = deform_conv2d(
-            features.to(dtype),
-            offsets.to(dtype),
-            weight.to(dtype),
-            stride=stride,
-            padding=KERNEL_SIZE // 2,
-            mask=None if mask is None else mask.to(dtype),
-        )
+    output = deform_conv2d(
+        features.to(dtype),
+        offsets.to(dtype),
+        weight.to(dtype),
+        stride=stride,
+        padding=KERNEL_SIZE // 2,
+        mask=None if mask is None else mask.to(dtype),
+    )
     return output.to(features.dtype)
 
 
