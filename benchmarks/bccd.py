@@ -35,16 +35,25 @@ from transformers import set_seed
 from hf_querydet import VARIANTS
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
 from hf_querydet.evaluation import CocoEvaluator, format_table
+from hf_querydet.modeling_utils import DetectorPreTrainedModel
 
 SIZE = {"shortest_edge": 192, "longest_edge": 256}
 COMMON = {"d_model": 128, "num_queries": 100}
 LAYERS = {"encoder_layers": 3, "decoder_layers": 3}
 ATTENTION = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
 FEED_FORWARD = {"encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
+STAGES = {"decoder_layers": 3, "decoder_attention_heads": 8, "decoder_ffn_dim": 512}
 SETTINGS: dict[str, dict[str, Any]] = {
     "detr": LAYERS | ATTENTION | FEED_FORWARD,
     "deformable_detr": LAYERS | ATTENTION | FEED_FORWARD | {"with_box_refine": True},
     "conditional_detr": LAYERS | ATTENTION | FEED_FORWARD,
+    "efficient_detr": LAYERS | ATTENTION | FEED_FORWARD | {"decoder_layers": 1},
+    "anchor_detr": LAYERS
+    | ATTENTION
+    | FEED_FORWARD
+    | {"num_query_positions": 50, "num_query_patterns": 2},
+    "sparse_rcnn": STAGES | {"dynamic_dim": 32},
+    "dynamic_detr": STAGES | {"encoder_layers": 3},
 }
 # transformers' classes of the same variants; the other four exist in no other library of its kind.
 PEERS = {
@@ -106,6 +115,8 @@ def train(model: nn.Module, loader: DataLoader, options: argparse.Namespace) -> 
                     "processor_seconds": time.process_time() - processor_started,
                     "curve": curve,
                 }
+            if isinstance(model, DetectorPreTrainedModel):
+                model.set_training_progress(progress)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * learning_rate_factor(progress)
             loss = model(**batch).loss

@@ -413,7 +413,7 @@ def test_softmax_detector_trains_and_is_read_by_its_processor():
     outputs.loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
-    processor = DynamicDETRImageProcessor(use_focal=False)
+    processor = DynamicDETRImageProcessor.for_config(model.config)
     (found, _) = processor.post_process_object_detection(outputs, 0.0)
 
     assert len(found["labels"]) == 5

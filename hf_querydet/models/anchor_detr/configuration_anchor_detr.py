@@ -73,6 +73,9 @@ class AnchorDETRConfig(DetectorConfig):
         "r101": {"backbone": RESNET101},
         "r101-dc5": {"backbone": RESNET101, "dilation": True},
     }
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
+        "r50-dc5": (None, 172),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "anchor_points",

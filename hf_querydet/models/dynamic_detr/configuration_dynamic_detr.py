@@ -97,6 +97,9 @@ class DynamicDETRConfig(DetectorConfig):
         "r50-no-encoder": {"encoder_layers": 0},
         "r50-2-decoder-layers": {"decoder_layers": 2},
     }
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
+        "r50": (58, None),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "intermediate_boxes",

@@ -1,5 +1,7 @@
 """Dynamic DETR's image processing (ICCV 2021, pp. 2988-2997): shared sizes, scores of two kinds."""
 
+from typing import Any, Self
+
 from torch import Tensor
 from transformers.processing_utils import Unpack
 
@@ -48,6 +50,11 @@ class DynamicDETRImageProcessor(DetectionImageProcessor):
 
     def __init__(self, **kwargs: Unpack[DynamicDETRImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
+
+    @classmethod
+    def for_config(cls, config: Any, **kwargs: Any) -> Self:
+        """Create the processor that reads the scores of a model of this configuration."""
+        return cls(**({"use_focal": config.use_focal} | kwargs))
 
     def decode_predictions(
         self, logits: Tensor, pred_boxes: Tensor, top_k: int | None

@@ -79,6 +79,10 @@ class EfficientDETRConfig(DetectorConfig):
         "r101": {"backbone": RESNET101},
         "r101-6-encoder-layers": {"backbone": RESNET101, "encoder_layers": 6},
     }
+    published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
+        "r50-6-encoder-layers": (35, 210),
+        "r101-6-encoder-layers": (54, 289),
+    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "intermediate_boxes",
