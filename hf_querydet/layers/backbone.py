@@ -113,8 +113,10 @@ class Backbone(nn.Module):
             mask (batch, height, width), True = padding, or None without ``pixel_mask``.
         """
         # Channels last: convolutions are faster so, on CPUs and on GPUs with half types, and what
-        # turns cells into tokens afterwards need not copy.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # turns cells into tokens afterwards need not copy. Compilers choose a layout themselves,
+        # and a given one would bind an exported program to some sizes.
+        if not torch.compiler.is_compiling():
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         maps = self.body(pixel_values).feature_maps
         return [(features, resize_padding_mask(pixel_mask, features)) for features in maps]
 

@@ -200,6 +200,13 @@ def test_maps_come_from_fine_to_coarse_with_the_announced_channels():
     assert [mask for _, mask in maps] == [None, None, None]
 
 
+def test_maps_are_laid_out_channels_last():
+    backbone = build(timm_config(out_indices=[2, 3, 4]))
+
+    for features, _ in backbone(torch.randn(2, 3, 65, 97)):
+        assert features.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_each_map_has_a_padding_mask_of_its_size():
     backbone = build(timm_config(out_indices=[2, 4]))
     pixel_mask = torch.ones(2, 64, 96, dtype=torch.int64)
