@@ -129,10 +129,8 @@ def build_model(args: argparse.Namespace, accelerator: Accelerator, id2label: di
             **model_options(args.model_option),
         }
         config = variant.config(id2label=id2label, label2id=label2id, **options)
-        model, processor = (
-            variant.detector(config),
-            variant.image_processor.for_config(config, **size),
-        )
+        model = variant.detector(config)
+        processor = variant.image_processor.for_config(config, **size)
         backbone = "published weights" if config.use_pretrained_backbone else "random weights"
         say(
             accelerator,
