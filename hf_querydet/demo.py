@@ -15,10 +15,10 @@ from hf_querydet.data import DetectionCollator
 from hf_querydet.evaluation import DetectionTrainer
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
-from hf_querydet.models.deformable_detr import (
-    DeformableDETRConfig,
-    DeformableDETRForObjectDetection,
-    DeformableDETRImageProcessor,
+from hf_querydet.models.efficient_detr import (
+    EfficientDETRConfig,
+    EfficientDETRForObjectDetection,
+    EfficientDETRImageProcessor,
 )
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -31,8 +31,8 @@ MIN_VISIBLE_SHARE = 0.25
 SEED = 0
 # Not 1: the settings below were chosen by looking at scenes of that seed.
 HELD_OUT_SEED = 2
-NUM_STEPS = 850
-BATCH_SIZE = 16
+NUM_STEPS = 1700
+BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 # Small enough for two minutes on two cores. Nothing is pretrained, so nothing is frozen.
 BACKBONE = {
@@ -50,10 +50,9 @@ DETECTOR = {
     "encoder_layers": 1,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 128,
-    "decoder_layers": 3,
+    "decoder_layers": 2,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 128,
-    "with_box_refine": True,
     # A small detector on many scenes needs no regularisation.
     "dropout": 0.0,
     "attention_dropout": 0.0,
@@ -137,9 +136,9 @@ def processed_scenes(
 def build_detector() -> tuple[DetectorPreTrainedModel, DetectionImageProcessor]:
     """A new small detector for the scenes, with first values that the random state decides."""
     id2label = dict(enumerate(SHAPES))
-    config = DeformableDETRConfig(id2label=id2label, backbone_config=BACKBONE, **DETECTOR)
+    config = EfficientDETRConfig(id2label=id2label, backbone_config=BACKBONE, **DETECTOR)
     size = {"shortest_edge": SCENE_SIZE, "longest_edge": SCENE_SIZE}
-    return DeformableDETRForObjectDetection(config), DeformableDETRImageProcessor(size=size)
+    return EfficientDETRForObjectDetection(config), EfficientDETRImageProcessor(size=size)
 
 
 def run_demo(
