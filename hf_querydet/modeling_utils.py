@@ -1,18 +1,22 @@
-"""Base class of all detectors: loading, saving and first values of weights."""
+"""What all detectors have in common: loading, saving, first values, the way from pixels to loss."""
 
 import os
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.feed_forward import FeedForward
 from hf_querydet.layers.position_embedding import LearnedPositionEmbedding
+from hf_querydet.losses import SetCriterion
+from hf_querydet.losses.criterion import Classification
+from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
 
 
 class DetectorPreTrainedModel(PreTrainedModel):
@@ -157,3 +161,116 @@ class DetectorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FeedForward):
             init.xavier_uniform_(module.expand.weight)
             init.xavier_uniform_(module.contract.weight)
+
+
+class ObjectDetectionMixin:
+    """From pixels to boxes and their loss, the same for every variant.
+
+    A variant's class sets ``model`` (its model without loss) and ``criterion``, and says in
+    :meth:`predict` what its heads make of the queries.
+    """
+
+    output_class: ClassVar[type[DetectionOutput]] = DetectionOutput
+    model: PreTrainedModel
+    criterion: SetCriterion
+
+    def predict(self, outputs: DetectorModelOutput, first_layer: int) -> SetPredictions:
+        """Classes and boxes of decoder layers.
+
+        Args:
+            outputs: Of ``model``.
+            first_layer: Layers from this one on, counted from 0, are wanted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its heads predict.")
+
+    def encoder_labels(self, labels: list[dict[str, Tensor]]) -> list[dict[str, Tensor]] | None:
+        """Labels that the encoder's predictions are trained on; None if they are the same."""
+        return None
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: object,
+    ) -> DetectionOutput:
+        """Detect objects.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised colours.
+            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
+            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
+                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
+                has a loss.
+            output_attentions: See ``forward`` of the variant's model.
+            output_hidden_states: As above.
+            kwargs: Of the ecosystem's trainers and tests, of no effect.
+
+        Returns:
+            ``output_class``, or its fields as a tuple with ``return_dict=False``.
+
+        Raises:
+            ValueError: If the labels do not fit the model, see
+                :class:`~hf_querydet.losses.SetCriterion`; or see ``forward`` of the variant's
+                model.
+        """
+        outputs = self.model(
+            pixel_values,
+            pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        # The layers before the last have predictions only where a loss asks for them.
+        with_auxiliary = labels is not None and self.config.auxiliary_loss
+        num_layers = len(outputs.intermediate_hidden_states)
+        predictions = self.predict(outputs, 0 if with_auxiliary else num_layers - 1)
+        loss, loss_dict = None, None
+        if labels is not None:
+            encoder_predictions = outputs.get("encoder_predictions")
+            loss, loss_dict = self.criterion(
+                predictions,
+                labels,
+                encoder_predictions=encoder_predictions,
+                encoder_labels=None if encoder_predictions is None else self.encoder_labels(labels),
+            )
+        auxiliary_outputs = None
+        if with_auxiliary:
+            auxiliary_outputs = SetPredictions(
+                logits=predictions.logits[:-1],
+                pred_boxes=predictions.pred_boxes[:-1],
+                is_usable=predictions.is_usable,
+            )
+        return self.output_class(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=predictions.logits[-1],
+            pred_boxes=predictions.pred_boxes[-1],
+            auxiliary_outputs=auxiliary_outputs,
+            **outputs,
+        )
+
+
+def build_criterion(
+    config: DetectorConfig, classification: Classification, **options: Any
+) -> SetCriterion:
+    """Create the criterion with the configuration's weights.
+
+    Args:
+        config: Its costs and loss coefficients are taken.
+        classification: How classes are scored.
+        **options: Others of :class:`~hf_querydet.losses.SetCriterion`.
+    """
+    return SetCriterion(
+        classification,
+        class_cost=config.class_cost,
+        bbox_cost=config.bbox_cost,
+        giou_cost=config.giou_cost,
+        cls_loss_coefficient=config.cls_loss_coefficient,
+        bbox_loss_coefficient=config.bbox_loss_coefficient,
+        giou_loss_coefficient=config.giou_loss_coefficient,
+        **options,
+    )

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "configuration_utils": set(),
     "recipe_utils": set(),
     "checkpoint_mapping_utils": set(),
-    "modeling_utils": {"configuration_utils", "layers"},
+    "modeling_utils": {"configuration_utils", "layers", "losses", "outputs"},
     "image_processing_utils": {"ops", "outputs", "coco_annotations", "image_reading"},
     "coco_annotations": {"ops"},
     "image_reading": set(),

@@ -133,6 +133,13 @@ def no_objects():
     return {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
 
 
+def in_one_graph(model, **options):
+    """The compiled model; a break of the graph is an error."""
+    # All detectors share one forward, and the compiler keeps only so many versions of a function.
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+
+
 def perturb(model, scale=0.1):
     """Move all weights and statistics off their first values, so that none is neutral."""
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from tiny import (
     NUM_LABELS,
     TINY_CONFIGS,
+    in_one_graph,
     no_objects,
     perturb,
     picture,
@@ -340,15 +341,17 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         "pixel_values": torch.randn(3, 3, 384, 192),
         "pixel_mask": torch.ones(3, 384, 192, dtype=torch.int64),
     }
-    assert_same_detections(program.module()(**other), forward(model, **other))
+    # Another memory layout than in eager mode, hence another order of sums.
+    assert_same_detections(program.module()(**other), forward(model, **other), rtol=0, atol=1e-4)
 
 
 def test_compiles_into_one_graph(name):
     model = perturb(build(name)).eval()
     batch = tiny_batch()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = in_one_graph(model)
     with torch.no_grad():
-        assert_same_detections(compiled(**batch), model(**batch))
+        # As for the exported program.
+        assert_same_detections(compiled(**batch), model(**batch), rtol=0, atol=1e-4)
 
 
 def test_new_labels_recreate_the_class_head_only(name, tmp_path):

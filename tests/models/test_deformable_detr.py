@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest, uniform
-from tiny import NUM_LABELS, TINY_BACKBONE, no_objects, perturb, tiny_batch, tiny_labels
+from tiny import (
+    NUM_LABELS,
+    TINY_BACKBONE,
+    in_one_graph,
+    no_objects,
+    perturb,
+    tiny_batch,
+    tiny_labels,
+)
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from transformers import (
     AutoModelForObjectDetection,
@@ -634,7 +642,7 @@ def test_saved_two_stage_detector_gives_equal_outputs(tmp_path):
 def test_two_stage_compiles_into_one_graph():
     model = perturb(build("two-stage")).eval()
     batch = tiny_batch()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = in_one_graph(model)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch).pred_boxes, model(**batch).pred_boxes)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import save_file
-from tiny import TINY_BACKBONE, perturb, tiny_batch, tiny_config, tiny_labels
+from tiny import TINY_BACKBONE, in_one_graph, perturb, tiny_batch, tiny_config, tiny_labels
 
 from hf_querydet import (
     VARIANTS,
@@ -505,7 +505,7 @@ def test_exported_program_takes_every_size_beyond_one_coarsest_cell():
 
 def test_model_compiles_for_dynamic_sizes():
     model = perturb(build(decoder_layers=1)).model.eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = in_one_graph(model, dynamic=True)
     pixel_values = torch.randn(2, 3, 70, 101)
     with torch.no_grad():
         actual, expected = (each(pixel_values).intermediate_boxes for each in (compiled, model))

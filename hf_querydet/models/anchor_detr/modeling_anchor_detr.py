@@ -25,8 +25,12 @@ from hf_querydet.layers.feed_forward import MLP, FeedForward
 from hf_querydet.layers.initialization import init_box_head, init_focal_prior
 from hf_querydet.layers.position_embedding import sine_features
 from hf_querydet.layers.transformer import TransformerEncoderLayer
-from hf_querydet.losses import FocalClassification, SetCriterion
-from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.losses import FocalClassification
+from hf_querydet.modeling_utils import (
+    DetectorPreTrainedModel,
+    ObjectDetectionMixin,
+    build_criterion,
+)
 from hf_querydet.models.anchor_detr.configuration_anchor_detr import NUM_GROUPS, AnchorDETRConfig
 from hf_querydet.models.anchor_detr.row_column_attention import RowColumnAttention
 from hf_querydet.ops.boxes import place_boxes
@@ -612,12 +616,14 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
         }
 
 
-class AnchorDETRForObjectDetection(AnchorDETRPreTrainedModel):
+class AnchorDETRForObjectDetection(ObjectDetectionMixin, AnchorDETRPreTrainedModel):
     """Anchor DETR with its class head and box head, which all decoder layers share.
 
     A box is predicted relative to the anchor point of its query, which stays where it is from layer
     to layer: there is no iterative refinement.
     """
+
+    output_class = AnchorDETRDetectionOutput
 
     def __init__(self, config: AnchorDETRConfig) -> None:
         super().__init__(config)
@@ -626,72 +632,18 @@ class AnchorDETRForObjectDetection(AnchorDETRPreTrainedModel):
         self.box_head = MLP(
             input_size=config.d_model, hidden_size=config.d_model, output_size=4, num_layers=3
         )
-        self.criterion = SetCriterion(
-            FocalClassification(alpha=config.focal_alpha),
-            class_cost=config.class_cost,
-            bbox_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            cls_loss_coefficient=config.cls_loss_coefficient,
-            bbox_loss_coefficient=config.bbox_loss_coefficient,
-            giou_loss_coefficient=config.giou_loss_coefficient,
-        )
+        self.criterion = build_criterion(config, FocalClassification(alpha=config.focal_alpha))
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: object,
-    ) -> AnchorDETRDetectionOutput:
-        """Detect objects.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised colours.
-            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
-                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
-                has a loss.
-            output_attentions: See :meth:`AnchorDETRModel.forward`.
-            output_hidden_states: See :meth:`AnchorDETRModel.forward`.
-            kwargs: Of the ecosystem's trainers and tests, of no effect.
-
-        Raises:
-            ValueError: If the labels do not fit the model, see
-                :class:`~hf_querydet.losses.SetCriterion`; or see :meth:`AnchorDETRModel.forward`.
-        """
-        outputs = self.model(
-            pixel_values,
-            pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        # The layers before the last have predictions only where a loss asks for them.
-        with_auxiliary = labels is not None and self.config.auxiliary_loss
-        hidden_states = outputs.intermediate_hidden_states[0 if with_auxiliary else -1 :]
+    def predict(self, outputs: AnchorDETRModelOutput, first_layer: int) -> SetPredictions:
+        """See :meth:`ObjectDetectionMixin.predict`."""
+        hidden_states = outputs.intermediate_hidden_states[first_layer:]
         deltas = self.box_head(hidden_states)
         # Half types are too coarse for what is added to the deltas.
         deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
         points = outputs.anchor_points.expand(len(hidden_states), -1, -1, -1)
-        predictions = SetPredictions(
+        return SetPredictions(
             logits=self.class_head(hidden_states), pred_boxes=place_boxes(deltas, points)
-        )
-        loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
-        return AnchorDETRDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=predictions.logits[-1],
-            pred_boxes=predictions.pred_boxes[-1],
-            auxiliary_outputs=SetPredictions(
-                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
-            )
-            if with_auxiliary
-            else None,
-            **outputs,
         )
 
 

@@ -31,8 +31,12 @@ from hf_querydet.layers.position_embedding import (
     sine_features,
 )
 from hf_querydet.layers.transformer import TransformerEncoderLayer
-from hf_querydet.losses import FocalClassification, SetCriterion
-from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.losses import FocalClassification
+from hf_querydet.modeling_utils import (
+    DetectorPreTrainedModel,
+    ObjectDetectionMixin,
+    build_criterion,
+)
 from hf_querydet.models.conditional_detr.conditional_attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
@@ -309,8 +313,10 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
         return sine_features(angles, self.config.d_model // 2).flatten(-2)
 
 
-class ConditionalDETRForObjectDetection(ConditionalDETRPreTrainedModel):
+class ConditionalDETRForObjectDetection(ObjectDetectionMixin, ConditionalDETRPreTrainedModel):
     """Conditional DETR with its class head and box head, which all decoder layers share."""
+
+    output_class = ConditionalDETRDetectionOutput
 
     def __init__(self, config: ConditionalDETRConfig) -> None:
         super().__init__(config)
@@ -319,72 +325,16 @@ class ConditionalDETRForObjectDetection(ConditionalDETRPreTrainedModel):
         self.box_head = MLP(
             input_size=config.d_model, hidden_size=config.d_model, output_size=4, num_layers=3
         )
-        self.criterion = SetCriterion(
-            FocalClassification(alpha=config.focal_alpha),
-            class_cost=config.class_cost,
-            bbox_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            cls_loss_coefficient=config.cls_loss_coefficient,
-            bbox_loss_coefficient=config.bbox_loss_coefficient,
-            giou_loss_coefficient=config.giou_loss_coefficient,
-        )
+        self.criterion = build_criterion(config, FocalClassification(alpha=config.focal_alpha))
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: object,
-    ) -> ConditionalDETRDetectionOutput:
-        """Detect objects.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised colours.
-            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
-                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
-                has a loss.
-            output_attentions: See :meth:`ConditionalDETRModel.forward`.
-            output_hidden_states: See :meth:`ConditionalDETRModel.forward`.
-            kwargs: Of the ecosystem's trainers and tests, of no effect.
-
-        Raises:
-            ValueError: If the labels do not fit the model, see
-                :class:`~hf_querydet.losses.SetCriterion`.
-        """
-        outputs = self.model(
-            pixel_values,
-            pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        # The layers before the last have predictions only where a loss asks for them.
-        with_auxiliary = labels is not None and self.config.auxiliary_loss
-        hidden_states = outputs.intermediate_hidden_states[0 if with_auxiliary else -1 :]
-        predictions = SetPredictions(
+    def predict(self, outputs: ConditionalDETRModelOutput, first_layer: int) -> SetPredictions:
+        """See :meth:`ObjectDetectionMixin.predict`."""
+        hidden_states = outputs.intermediate_hidden_states[first_layer:]
+        points = outputs.reference_points
+        # At least float32, as the points that the boxes are placed around.
+        deltas = self.box_head(hidden_states).to(points.dtype)
+        return SetPredictions(
             logits=self.class_head(hidden_states),
-            pred_boxes=self._boxes(hidden_states, outputs.reference_points),
+            pred_boxes=place_boxes(deltas, points.expand(len(deltas), -1, -1, -1)),
         )
-        loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
-        return ConditionalDETRDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=predictions.logits[-1],
-            pred_boxes=predictions.pred_boxes[-1],
-            auxiliary_outputs=SetPredictions(
-                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
-            )
-            if with_auxiliary
-            else None,
-            **outputs,
-        )
-
-    def _boxes(self, hidden_states: Tensor, reference_points: Tensor) -> Tensor:
-        """(layers, batch, num_queries, 4), at least float32 as the points that they start from."""
-        deltas = self.box_head(hidden_states).to(reference_points.dtype)
-        return place_boxes(deltas, reference_points.expand(len(deltas), -1, -1, -1))

@@ -39,8 +39,12 @@ from hf_querydet.layers.position_embedding import (
     sine_features,
 )
 from hf_querydet.layers.projection import FeatureProjection, project_features
-from hf_querydet.losses import FocalClassification, SetCriterion
-from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.losses import FocalClassification
+from hf_querydet.modeling_utils import (
+    DetectorPreTrainedModel,
+    ObjectDetectionMixin,
+    build_criterion,
+)
 from hf_querydet.models.deformable_detr.checkpoint_mapping import (
     ONE_HEAD_NAMES,
     copy_objectness,
@@ -395,103 +399,29 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         return object_queries, query_positions
 
 
-class DeformableDETRForObjectDetection(DeformableDETRPreTrainedModel):
+class DeformableDETRForObjectDetection(ObjectDetectionMixin, DeformableDETRPreTrainedModel):
     """Deformable DETR with its predictions and its loss."""
+
+    output_class = DeformableDETRDetectionOutput
 
     def __init__(self, config: DeformableDETRConfig) -> None:
         super().__init__(config)
         self.model = DeformableDETRModel(config)
-        self.criterion = SetCriterion(
-            FocalClassification(alpha=config.focal_alpha),
-            class_cost=config.class_cost,
-            bbox_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            cls_loss_coefficient=config.cls_loss_coefficient,
-            bbox_loss_coefficient=config.bbox_loss_coefficient,
-            giou_loss_coefficient=config.giou_loss_coefficient,
-        )
+        self.criterion = build_criterion(config, FocalClassification(alpha=config.focal_alpha))
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: object,
-    ) -> DeformableDETRDetectionOutput:
-        """Detect objects.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised colours.
-            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
-                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
-                has a loss.
-            output_attentions: See :meth:`DeformableDETRModel.forward`.
-            output_hidden_states: See :meth:`DeformableDETRModel.forward`.
-            kwargs: Of the ecosystem's trainers and tests, of no effect.
-
-        Raises:
-            ValueError: If the labels do not fit the model, see
-                :class:`~hf_querydet.losses.SetCriterion`; or see
-                :meth:`DeformableDETRModel.forward`.
-        """
-        outputs = self.model(
-            pixel_values,
-            pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        # The layers before the last have predictions only where a loss asks for them.
-        with_auxiliary = labels is not None and self.config.auxiliary_loss
-        num_layers = self.config.decoder_layers
-        layers = range(0 if with_auxiliary else num_layers - 1, num_layers)
-        predictions = SetPredictions(
-            logits=torch.stack(
-                [
-                    self.model.head_of_layer(i).class_head(outputs.intermediate_hidden_states[i])
-                    for i in layers
-                ]
-            ),
-            pred_boxes=outputs.intermediate_boxes[layers.start :],
-        )
-        loss, loss_dict = (
-            (None, None)
-            if labels is None
-            else self._loss(predictions, outputs.encoder_predictions, labels)
-        )
-        return DeformableDETRDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=predictions.logits[-1],
-            pred_boxes=predictions.pred_boxes[-1],
-            auxiliary_outputs=SetPredictions(
-                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
-            )
-            if with_auxiliary
-            else None,
-            **outputs,
+    def predict(self, outputs: DeformableDETRModelOutput, first_layer: int) -> SetPredictions:
+        """See :meth:`ObjectDetectionMixin.predict`."""
+        logits = [
+            self.model.head_of_layer(layer).class_head(outputs.intermediate_hidden_states[layer])
+            for layer in range(first_layer, self.config.decoder_layers)
+        ]
+        return SetPredictions(
+            logits=torch.stack(logits), pred_boxes=outputs.intermediate_boxes[first_layer:]
         )
 
-    def _loss(
-        self,
-        predictions: SetPredictions,
-        encoder_predictions: SetPredictions | None,
-        labels: list[dict[str, Tensor]],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if encoder_predictions is None:
-            return self.criterion(predictions, labels)
-        # The encoder tells object from background; every object is of class 0 to it.
-        objects = [
+    def encoder_labels(self, labels: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The encoder tells object from background: every object is of class 0 to it."""
+        return [
             {**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels
         ]
-        return self.criterion(
-            predictions,
-            labels,
-            encoder_predictions=encoder_predictions,
-            encoder_labels=objects,
-        )

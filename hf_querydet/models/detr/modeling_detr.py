@@ -15,10 +15,14 @@ from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.feed_forward import MLP, FeedForward
 from hf_querydet.layers.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
 from hf_querydet.layers.transformer import TransformerEncoderLayer
-from hf_querydet.losses import SetCriterion, SoftmaxClassification
-from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.losses import SoftmaxClassification
+from hf_querydet.modeling_utils import (
+    DetectorPreTrainedModel,
+    ObjectDetectionMixin,
+    build_criterion,
+)
 from hf_querydet.models.detr.configuration_detr import DETRConfig
-from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.outputs import DetectorModelOutput, SetPredictions
 
 
 class DETRDecoderLayer(GradientCheckpointingLayer):
@@ -198,7 +202,7 @@ class DETRModel(DETRPreTrainedModel):
         )
 
 
-class DETRForObjectDetection(DETRPreTrainedModel):
+class DETRForObjectDetection(ObjectDetectionMixin, DETRPreTrainedModel):
     """DETR with its class head and box head, which all decoder layers share."""
 
     def __init__(self, config: DETRConfig) -> None:
@@ -208,66 +212,14 @@ class DETRForObjectDetection(DETRPreTrainedModel):
         self.box_head = MLP(
             input_size=config.d_model, hidden_size=config.d_model, output_size=4, num_layers=3
         )
-        self.criterion = SetCriterion(
-            SoftmaxClassification(no_object_weight=config.eos_coefficient),
-            class_cost=config.class_cost,
-            bbox_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            cls_loss_coefficient=config.cls_loss_coefficient,
-            bbox_loss_coefficient=config.bbox_loss_coefficient,
-            giou_loss_coefficient=config.giou_loss_coefficient,
+        self.criterion = build_criterion(
+            config, SoftmaxClassification(no_object_weight=config.eos_coefficient)
         )
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: object,
-    ) -> DetectionOutput:
-        """Detect objects.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised colours.
-            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
-                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
-                has a loss.
-            output_attentions: See :meth:`DETRModel.forward`.
-            output_hidden_states: See :meth:`DETRModel.forward`.
-            kwargs: Of the ecosystem's trainers and tests, of no effect.
-
-        Raises:
-            ValueError: If the labels do not fit the model, see
-                :class:`~hf_querydet.losses.SetCriterion`.
-        """
-        outputs = self.model(
-            pixel_values,
-            pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        # The layers before the last have predictions only where a loss asks for them.
-        with_auxiliary = labels is not None and self.config.auxiliary_loss
-        hidden_states = outputs.intermediate_hidden_states[0 if with_auxiliary else -1 :]
-        predictions = SetPredictions(
+    def predict(self, outputs: DetectorModelOutput, first_layer: int) -> SetPredictions:
+        """See :meth:`ObjectDetectionMixin.predict`."""
+        hidden_states = outputs.intermediate_hidden_states[first_layer:]
+        return SetPredictions(
             logits=self.class_head(hidden_states), pred_boxes=self.box_head(hidden_states).sigmoid()
-        )
-        loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
-        return DetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=predictions.logits[-1],
-            pred_boxes=predictions.pred_boxes[-1],
-            auxiliary_outputs=SetPredictions(
-                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
-            )
-            if with_auxiliary
-            else None,
-            **outputs,
         )

@@ -39,8 +39,12 @@ from hf_querydet.layers.initialization import (
 )
 from hf_querydet.layers.position_embedding import SinePositionEmbedding, sine_features
 from hf_querydet.layers.projection import FeatureProjection, LevelFeatures, project_features
-from hf_querydet.losses import FocalClassification, SetCriterion
-from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.losses import FocalClassification
+from hf_querydet.modeling_utils import (
+    DetectorPreTrainedModel,
+    ObjectDetectionMixin,
+    build_criterion,
+)
 from hf_querydet.models.efficient_detr.configuration_efficient_detr import EfficientDETRConfig
 from hf_querydet.ops.boxes import refine_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
@@ -425,91 +429,36 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
         return self.query_norm(self.query_projection(features.to(dtype)))
 
 
-class EfficientDETRForObjectDetection(EfficientDETRPreTrainedModel):
-    """Efficient DETR with its predictions and its loss."""
+class EfficientDETRForObjectDetection(ObjectDetectionMixin, EfficientDETRPreTrainedModel):
+    """Efficient DETR with its predictions and its loss.
+
+    The loss is that of the sparse part and, where there is one, of the dense part, whatever
+    ``auxiliary_loss`` says: it trains what chooses the queries. Both are matched to the same
+    labels, each on its own.
+    """
+
+    output_class = EfficientDETRDetectionOutput
 
     def __init__(self, config: EfficientDETRConfig) -> None:
         super().__init__(config)
         self.model = EfficientDETRModel(config)
-        self.criterion = SetCriterion(
-            FocalClassification(alpha=config.focal_alpha),
-            class_cost=config.class_cost,
-            bbox_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            cls_loss_coefficient=config.cls_loss_coefficient,
-            bbox_loss_coefficient=config.bbox_loss_coefficient,
-            giou_loss_coefficient=config.giou_loss_coefficient,
-        )
+        self.criterion = build_criterion(config, FocalClassification(alpha=config.focal_alpha))
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: object,
-    ) -> EfficientDETRDetectionOutput:
-        """Detect objects.
-
-        The loss is that of the sparse part and, where there is one, of the dense part, whatever
-        ``auxiliary_loss`` says: it trains what chooses the queries. Both are matched to the same
-        labels, each on its own.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised colours.
-            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
-                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
-                has a loss.
-            output_attentions: See :meth:`EfficientDETRModel.forward`.
-            output_hidden_states: See :meth:`EfficientDETRModel.forward`.
-            kwargs: Of the ecosystem's trainers and tests, of no effect.
-
-        Raises:
-            ValueError: If the labels do not fit the model, see
-                :class:`~hf_querydet.losses.SetCriterion`.
-        """
-        outputs = self.model(
-            pixel_values,
-            pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        # The layers before the last have predictions only where a loss asks for them.
-        with_auxiliary = labels is not None and self.config.auxiliary_loss
-        num_layers = self.config.decoder_layers
-        layers = range(0 if with_auxiliary else num_layers - 1, num_layers)
+    def predict(self, outputs: EfficientDETRModelOutput, first_layer: int) -> SetPredictions:
+        """See :meth:`ObjectDetectionMixin.predict`."""
         logits = torch.stack(
             [
                 self.model.head_of_layer(i).class_head(outputs.intermediate_hidden_states[i])
-                for i in layers
+                for i in range(first_layer, self.config.decoder_layers)
             ]
         )
         usable_queries = outputs.usable_queries
         if usable_queries is not None:
             lowest = torch.finfo(logits.dtype).min
             logits = logits.masked_fill(~usable_queries[..., None], lowest)
-        boxes = outputs.intermediate_boxes[layers.start :]
-        loss, loss_dict = None, None
-        if labels is not None:
-            loss, loss_dict = self.criterion(
-                SetPredictions(logits=logits, pred_boxes=boxes, is_usable=usable_queries),
-                labels,
-                encoder_predictions=outputs.encoder_predictions,
-            )
-        return EfficientDETRDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=logits[-1],
-            pred_boxes=boxes[-1],
-            auxiliary_outputs=SetPredictions(
-                logits=logits[:-1], pred_boxes=boxes[:-1], is_usable=usable_queries
-            )
-            if with_auxiliary
-            else None,
-            **outputs,
+        return SetPredictions(
+            logits=logits,
+            pred_boxes=outputs.intermediate_boxes[first_layer:],
+            is_usable=usable_queries,
         )

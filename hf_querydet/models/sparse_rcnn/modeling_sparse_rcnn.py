@@ -27,8 +27,12 @@ from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
 from hf_querydet.layers.roi_pooling import pool_regions
-from hf_querydet.losses import FocalClassification, SetCriterion, SoftmaxClassification
-from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.losses import FocalClassification, SoftmaxClassification
+from hf_querydet.modeling_utils import (
+    DetectorPreTrainedModel,
+    ObjectDetectionMixin,
+    build_criterion,
+)
 from hf_querydet.models.sparse_rcnn.configuration_sparse_rcnn import (
     COARSEST_STRIDE,
     SparseRCNNConfig,
@@ -259,89 +263,35 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
         )
 
 
-class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
+class SparseRCNNForObjectDetection(ObjectDetectionMixin, SparseRCNNPreTrainedModel):
     """Sparse R-CNN with its predictions and its loss.
 
     The paper describes the L1 distance of centres and sizes; as in the authors' code it is that of
     corners, relative to the unpadded picture.
     """
 
+    output_class = SparseRCNNDetectionOutput
+
     def __init__(self, config: SparseRCNNConfig) -> None:
         super().__init__(config)
         self.model = SparseRCNNModel(config)
-        self.criterion = SetCriterion(
+        self.criterion = build_criterion(
+            config,
             FocalClassification(alpha=config.focal_alpha)
             if config.use_focal
             else SoftmaxClassification(no_object_weight=config.eos_coefficient),
-            class_cost=config.class_cost,
-            bbox_cost=config.bbox_cost,
-            giou_cost=config.giou_cost,
-            cls_loss_coefficient=config.cls_loss_coefficient,
-            bbox_loss_coefficient=config.bbox_loss_coefficient,
-            giou_loss_coefficient=config.giou_loss_coefficient,
             box_coordinates=boxes_cxcywh_to_xyxy,
         )
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: object,
-    ) -> SparseRCNNDetectionOutput:
-        """Detect objects.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised colours.
-            pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
-            labels: A dictionary per picture with ``class_labels`` (targets,) in 0 .. num_labels - 1
-                and ``boxes`` (targets, 4), cxcywh relative to the unpadded picture; the output then
-                has a loss.
-            output_attentions: See :meth:`SparseRCNNModel.forward`.
-            output_hidden_states: See :meth:`SparseRCNNModel.forward`.
-            kwargs: Of the ecosystem's trainers and tests, of no effect.
-
-        Raises:
-            ValueError: If the labels do not fit the model, see
-                :class:`~hf_querydet.losses.SetCriterion`.
-        """
-        outputs = self.model(
-            pixel_values,
-            pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+    def predict(self, outputs: SparseRCNNModelOutput, first_layer: int) -> SetPredictions:
+        """See :meth:`ObjectDetectionMixin.predict`."""
+        stages = zip(
+            self.model.stages[first_layer:],
+            outputs.intermediate_hidden_states[first_layer:],
+            strict=True,
         )
-        # The stages before the last have predictions only where a loss asks for them.
-        with_auxiliary = labels is not None and self.config.auxiliary_loss
-        first = 0 if with_auxiliary else len(self.model.stages) - 1
-        predictions = SetPredictions(
-            logits=torch.stack(
-                [
-                    stage.classify(features)
-                    for stage, features in zip(
-                        self.model.stages[first:],
-                        outputs.intermediate_hidden_states[first:],
-                        strict=True,
-                    )
-                ]
-            ),
-            pred_boxes=outputs.intermediate_boxes[first:],
-        )
-        loss, loss_dict = (None, None) if labels is None else self.criterion(predictions, labels)
-        return SparseRCNNDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=predictions.logits[-1],
-            pred_boxes=predictions.pred_boxes[-1],
-            auxiliary_outputs=SetPredictions(
-                logits=predictions.logits[:-1], pred_boxes=predictions.pred_boxes[:-1]
-            )
-            if with_auxiliary
-            else None,
-            **outputs,
+        return SetPredictions(
+            logits=torch.stack([stage.classify(features) for stage, features in stages]),
+            pred_boxes=outputs.intermediate_boxes[first_layer:],
         )
