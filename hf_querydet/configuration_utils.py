@@ -68,7 +68,7 @@ class DetectorConfig(PreTrainedConfig):
     backbone_stages: ClassVar[tuple[int, ...]] = (-1,)
 
     # Models of the variant's paper: what each of them changes of the defaults.
-    named_configurations: ClassVar[dict[str, dict[str, Any]]] = {"r50": {}}
+    named_configurations: ClassVar[dict[str, dict[str, Any]]] = {}
     # What the authors print of their sizes: millions of parameters, and billions of multiply-adds
     # averaged over pictures of their choice; None where they print nothing.
     published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {}

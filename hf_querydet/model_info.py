@@ -53,6 +53,7 @@ def _deformable_convolution_flops(
     return 2 * batch_size * height * width * channels_in * taps * (channels_out + 4)
 
 
+# For this count only: the operator is torchvision's, and so would be its formula for everybody.
 FORMULAS = {torch.ops.torchvision.deform_conv2d: _deformable_convolution_flops}
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
     from hf_querydet.layers.feature_pyramid import FeaturePyramid
     from hf_querydet.layers.feed_forward import MLP
-    from hf_querydet.layers.projection import FeatureProjection
 
 PRIOR_PROBABILITY = 0.01
 
@@ -50,13 +49,13 @@ def init_box_head(box_head: "MLP", *, size_bias: float = 0.0) -> None:
     init.copy_(last.bias, bias.to(last.bias))
 
 
-def init_feature_projection(projection: "FeatureProjection") -> None:
-    """Give the convolutions of feature levels Xavier weights and no bias.
+def init_feature_projection(projection: "nn.Module") -> None:
+    """Give the convolutions of feature levels Xavier weights and biases of 0.
 
-    As Deformable DETR's authors do in their code.
+    As the authors of Deformable DETR and of Anchor DETR do in their code.
 
     Args:
-        projection: The layer to initialise.
+        projection: Its ``levels`` are pairs of a convolution and a norm.
     """
     for convolution, _ in projection.levels:
         init.xavier_uniform_(convolution.weight)

@@ -22,7 +22,11 @@ from transformers.utils import can_return_tuple
 from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from_padding
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.feed_forward import MLP, FeedForward
-from hf_querydet.layers.initialization import init_box_head, init_focal_prior
+from hf_querydet.layers.initialization import (
+    init_box_head,
+    init_feature_projection,
+    init_focal_prior,
+)
 from hf_querydet.layers.position_embedding import sine_features
 from hf_querydet.layers.transformer import TransformerEncoderLayer
 from hf_querydet.losses import FocalClassification
@@ -364,9 +368,7 @@ class AnchorDETRPreTrainedModel(DetectorPreTrainedModel):
                 init.zeros_(projection.bias)
             init.zeros_(module.out_proj.bias)
         elif isinstance(module, AnchorDETRFeatureProjection):
-            for convolution, _ in module.levels:
-                init.xavier_uniform_(convolution.weight)
-                init.zeros_(convolution.bias)
+            init_feature_projection(module)
         elif isinstance(module, AnchorDETRModel):
             if module.config.spatial_prior == "learned":
                 init.uniform_(module.anchor_points.weight)
