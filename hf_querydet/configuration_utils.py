@@ -1,5 +1,6 @@
 """What every detector's configuration has in common: the backbone, the matching and the loss."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
@@ -213,19 +214,35 @@ class DetectorConfig(PreTrainedConfig):
         Raises:
             ValueError: Naming the field, its value and what is possible.
         """
-        if self.backbone_norm not in BACKBONE_NORMS:
-            raise ValueError(
-                f"backbone_norm must be one of {BACKBONE_NORMS}, got {self.backbone_norm!r}."
-            )
+        self.check_choice("backbone_norm", BACKBONE_NORMS)
         if self.frozen_backbone_stages < 0:
             raise ValueError(
                 "frozen_backbone_stages must be 0 or more (2 = stem and first stage), "
                 f"got {self.frozen_backbone_stages}."
             )
-        if self.num_queries < 1:
-            raise ValueError(f"num_queries must be at least 1, got {self.num_queries}.")
+        self.check_at_least_1("num_queries")
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError(
                 "class_cost, bbox_cost and giou_cost are all 0, so nothing decides which query is "
                 "assigned to which object; set at least one above 0."
             )
+
+    def check_heads(self, *fields: str) -> None:
+        """Raise a ValueError unless channels divide into the heads that each field counts."""
+        for field in fields:
+            num_heads = getattr(self, field)
+            if num_heads < 1 or self.d_model % num_heads:
+                raise ValueError(
+                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
+                )
+
+    def check_at_least_1(self, *fields: str) -> None:
+        """Raise a ValueError unless each field is 1 or more."""
+        for field in fields:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+
+    def check_choice(self, field: str, choices: Sequence[Any]) -> None:
+        """Raise a ValueError unless the field is one of the choices."""
+        if getattr(self, field) not in choices:
+            raise ValueError(f"{field} must be one of {choices}, got {getattr(self, field)!r}.")

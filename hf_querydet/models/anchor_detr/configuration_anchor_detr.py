@@ -151,16 +151,9 @@ class AnchorDETRConfig(DetectorConfig):
         Raises:
             ValueError: Naming the field, its value and what is possible.
         """
-        for field in ("num_query_positions", "num_query_patterns", "decoder_layers"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        self.check_at_least_1("num_query_positions", "num_query_patterns", "decoder_layers")
         super().validate_architecture()
-        for field in ("encoder_attention_heads", "decoder_attention_heads"):
-            num_heads = getattr(self, field)
-            if num_heads < 1 or self.d_model % num_heads:
-                raise ValueError(
-                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
-                )
+        self.check_heads("encoder_attention_heads", "decoder_attention_heads")
         if self.d_model % NUM_GROUPS:
             raise ValueError(
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
@@ -171,8 +164,7 @@ class AnchorDETRConfig(DetectorConfig):
             ("attention_type", ATTENTION_TYPES),
             ("num_feature_levels", NUMBERS_OF_LEVELS),
         ):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {choices}, got {getattr(self, field)!r}.")
+            self.check_choice(field, choices)
         if self.num_feature_levels > 1:
             self._validate_levels()
 

@@ -148,33 +148,22 @@ class DeformableDETRConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
-        for field in ("encoder_attention_heads", "decoder_attention_heads"):
-            num_heads = getattr(self, field)
-            if num_heads < 1 or self.d_model % num_heads:
-                raise ValueError(
-                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
-                )
+        self.check_heads("encoder_attention_heads", "decoder_attention_heads")
         if self.d_model % NUM_GROUPS:
             raise ValueError(
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
                 f"feature levels, got {self.d_model}."
             )
-        for field in (
+        self.check_at_least_1(
             "num_feature_levels",
             "encoder_n_points",
             "decoder_n_points",
             "decoder_layers",
             "two_stage_num_proposals",
-        ):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        )
         if self.two_stage and not self.with_box_refine:
             raise ValueError(
                 "two_stage=True needs with_box_refine=True: the decoder starts from boxes, which "
                 "its layers refine; got with_box_refine=False."
             )
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
-                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
-                f"got {self.position_embedding_type!r}."
-            )
+        self.check_choice("position_embedding_type", POSITION_EMBEDDING_TYPES)

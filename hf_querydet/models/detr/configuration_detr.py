@@ -88,21 +88,11 @@ class DETRConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
-        for field in ("encoder_attention_heads", "decoder_attention_heads"):
-            num_heads = getattr(self, field)
-            if num_heads < 1 or self.d_model % num_heads:
-                raise ValueError(
-                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
-                )
+        self.check_heads("encoder_attention_heads", "decoder_attention_heads")
         if self.d_model % 4:
             raise ValueError(
                 "d_model must be a multiple of 4 (sine and cosine of two axes), "
                 f"got {self.d_model}."
             )
-        if self.decoder_layers < 1:
-            raise ValueError(f"decoder_layers must be at least 1, got {self.decoder_layers}.")
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
-                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
-                f"got {self.position_embedding_type!r}."
-            )
+        self.check_at_least_1("decoder_layers")
+        self.check_choice("position_embedding_type", POSITION_EMBEDDING_TYPES)

@@ -164,14 +164,8 @@ class DynamicDETRConfig(DetectorConfig):
         """
         super().validate_architecture()
         for field, choices in CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {choices}, got {getattr(self, field)!r}.")
-        num_heads = self.decoder_attention_heads
-        if num_heads < 1 or self.d_model % num_heads:
-            raise ValueError(
-                "d_model must be a multiple of decoder_attention_heads, "
-                f"got {self.d_model} and {num_heads}."
-            )
+            self.check_choice(field, choices)
+        self.check_heads("decoder_attention_heads")
         if self.d_model % NUM_GROUPS:
             raise ValueError(
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the encoder's "
@@ -179,9 +173,9 @@ class DynamicDETRConfig(DetectorConfig):
             )
         if self.encoder_layers < 0:
             raise ValueError(f"encoder_layers must be at least 0, got {self.encoder_layers}.")
-        for field in ("decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        self.check_at_least_1(
+            "decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"
+        )
         stride = getattr(self.backbone_config, "output_stride", None)
         if stride not in (None, COARSEST_STRIDE):
             raise ValueError(

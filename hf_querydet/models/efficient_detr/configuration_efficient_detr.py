@@ -142,31 +142,23 @@ class EfficientDETRConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
-        for field in ("encoder_attention_heads", "decoder_attention_heads"):
-            num_heads = getattr(self, field)
-            if num_heads < 1 or self.d_model % num_heads:
-                raise ValueError(
-                    f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
-                )
+        self.check_heads("encoder_attention_heads", "decoder_attention_heads")
         if self.d_model % NUM_GROUPS:
             raise ValueError(
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
                 f"feature levels, got {self.d_model}."
             )
-        for field in (
+        self.check_at_least_1(
             "num_feature_levels",
             "encoder_n_points",
             "decoder_n_points",
             "decoder_layers",
-        ):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        )
         for field, choices in (
             ("reference_point_init", REFERENCE_POINT_INITS),
             ("query_init", QUERY_INITS),
         ):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {choices}, got {getattr(self, field)!r}.")
+            self.check_choice(field, choices)
         side = math.isqrt(self.num_queries)
         if self.reference_point_init == "grid" and side**2 != self.num_queries:
             raise ValueError(

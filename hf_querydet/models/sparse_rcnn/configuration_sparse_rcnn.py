@@ -109,15 +109,10 @@ class SparseRCNNConfig(DetectorConfig):
             raise ValueError(
                 f"encoder_layers must be 0, Sparse R-CNN has no encoder, got {self.encoder_layers}."
             )
-        num_heads = self.decoder_attention_heads
-        if num_heads < 1 or self.d_model % num_heads:
-            raise ValueError(
-                "d_model must be a multiple of decoder_attention_heads, got "
-                f"{self.d_model} and {num_heads}."
-            )
-        for field in ("decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        self.check_heads("decoder_attention_heads")
+        self.check_at_least_1(
+            "decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"
+        )
         for field in ("class_tower_layers", "box_tower_layers"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}.")
