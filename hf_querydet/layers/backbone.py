@@ -8,52 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 
+from hf_querydet.layers.frozen_batch_norm import fold_frozen_norms, freeze_batch_norm
+
 logger = logging.getLogger(__name__)
 
 STEM_NAMES = ("embedder", "embeddings")
 FIRST_STAGE_STRIDE = 4
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics and affine terms are constants.
-
-    All four are buffers: never trained, never decayed, the same in training and evaluation. DETR
-    (arXiv:2005.12872), Appendix A.4. One fused kernel, where multiplying and adding takes two
-    passes.
-
-    Args:
-        num_features: Channels.
-        eps: Added to the variance.
-        activation: Applied to the result, for norms of timm that bring their activation along.
-    """
-
-    def __init__(
-        self, num_features: int, *, eps: float = 1e-5, activation: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.activation = activation
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-
-    @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "FrozenBatchNorm2d":
-        """Freeze a batch norm with the values that it has now."""
-        frozen = cls(norm.num_features, eps=norm.eps, activation=getattr(norm, "act", None))
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            value = getattr(norm, name)
-            if value is not None:
-                setattr(frozen, name, value.detach().clone())
-        return frozen
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Normalise (batch, channels, height, width) to the same shape."""
-        features = F.batch_norm(
-            features, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
-        return features if self.activation is None else self.activation(features)
 
 
 class Backbone(nn.Module):
@@ -89,6 +49,7 @@ class Backbone(nn.Module):
             freeze_batch_norm(self.body)
         else:
             freeze_batch_norm(self.body, inside=self._frozen_stages())
+        fold_frozen_norms(self.body, config.num_channels)
         self.freeze_stages()
 
     def freeze_stages(self) -> None:
@@ -110,13 +71,17 @@ class Backbone(nn.Module):
 
         Returns:
             Per stage, from fine to coarse: the map (batch, channels, height, width) and its padding
-            mask (batch, height, width), True = padding, or None without ``pixel_mask``.
+            mask (batch, height, width), True = padding, or None if nothing is padded.
         """
         # Channels last: convolutions are faster so, on CPUs and on GPUs with half types, and what
         # turns cells into tokens afterwards need not copy. Compilers choose a layout themselves,
         # and a given one would bind an exported program to some sizes.
         if not torch.compiler.is_compiling():
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+            # Attention without a mask is faster. On other devices the question would make the host
+            # wait for all that is queued there.
+            if pixel_mask is not None and pixel_mask.is_cpu and pixel_mask.all():
+                pixel_mask = None
         maps = self.body(pixel_values).feature_maps
         return [(features, resize_padding_mask(pixel_mask, features)) for features in maps]
 
@@ -140,21 +105,6 @@ def resize_padding_mask(pixel_mask: Tensor | None, features: Tensor) -> Tensor |
     # floor(index * in / out).
     resized = F.interpolate(pixel_mask[None].float(), size=features.shape[-2:], mode="nearest")
     return resized[0] == 0
-
-
-def freeze_batch_norm(module: nn.Module, *, inside: list[nn.Module] | None = None) -> None:
-    """Replace batch norms below ``module`` by :class:`FrozenBatchNorm2d`, in place.
-
-    Args:
-        module: Root, itself not replaced.
-        inside: Replace only these modules and what lies below them; None replaces all.
-    """
-    for name, child in module.named_children():
-        applies = inside is None or child in inside
-        if not isinstance(child, nn.BatchNorm2d):
-            freeze_batch_norm(child, inside=None if applies else inside)
-        elif applies:
-            setattr(module, name, FrozenBatchNorm2d.from_batch_norm(child))
 
 
 def _on_meta_device(module: nn.Module) -> bool:
