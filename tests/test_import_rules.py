@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "cli": EVERYTHING,
     "demo": EVERYTHING,
     "__init__": EVERYTHING,
+    "__main__": EVERYTHING,
 }
 
 
