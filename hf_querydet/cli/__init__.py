@@ -5,12 +5,13 @@ What a subcommand needs is imported inside its function, or every other one woul
 
 import typer
 
-from hf_querydet.cli import demo, info, kernels
+from hf_querydet.cli import demo, explain, info, kernels
 from hf_querydet.cli.errors import without_traceback
 
 # In the order of the help; a command is called like its function.
 COMMANDS = (
     demo.demo,
+    explain.explain,
     info.info,
     kernels.kernels,
 )
