@@ -85,8 +85,9 @@ def detect(
 
     Returns:
         Per picture ``scores`` float32 (n,), descending, ``labels`` int64 (n,), of which
-        ``model.config.id2label`` has the names, and ``boxes`` float32 (n, 4), xyxy in pixels of the
-        upright picture, not clipped to it; on the CPU.
+        ``model.config.id2label`` has the names, ``boxes`` float32 (n, 4), xyxy in pixels of the
+        upright picture, not clipped to it, and ``queries`` int64 (n,), that each comes from; on the
+        CPU.
 
     Raises:
         TypeError: If ``pictures`` is a single picture, or holds something else.
