@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from hf_querydet.cli.options import Model, OnCPU, Revision, start_process
+
 
 def explain(
-    model: Annotated[str, typer.Argument(help="A model directory or a Hub id.")],
-    image: Annotated[str, typer.Argument(help="A picture: a file or a URL.")],
+    model: Model,
+    image: Annotated[str, typer.Argument(help="A file or a URL.", show_default=False)],
     query: Annotated[
         str,
         typer.Option("--query", help="Index of a query, or 'best': that of the surest detection."),
@@ -17,15 +19,17 @@ def explain(
         int | None, typer.Option("--head", help="Show this attention head only.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", help="Directory that gets the picture.")
+        Path, typer.Option("--output", file_okay=False, help="Folder for the picture.")
     ] = Path("explanations"),
+    revision: Revision = None,
+    cpu: OnCPU = False,
 ) -> None:
     """Show why a query fired: its boxes and where it looked, layer by layer, as a PNG.
 
     The picture's name is that of the image with the query's index: cat.jpg becomes
     cat_query_17.png.
     """
-    from hf_querydet.registration import load_detector
+    from hf_querydet.inference import load_for_inference
     from hf_querydet.visualization import explain
 
     if query != "best":
@@ -35,8 +39,9 @@ def explain(
             raise typer.BadParameter(
                 f"--query must be 'best' or a whole number, got {query!r}."
             ) from error
-    detector, processor = load_detector(model)
-    explanation = explain(detector.eval(), processor, image, query)
+    device = start_process(cpu).device
+    detector, processor = load_for_inference(model, device=device, revision=revision)
+    explanation = explain(detector, processor, image, query)
     path = output / f"{Path(image).stem}_query_{explanation.query}.png"
     explanation.save(path, head=head)
     for number, layer in enumerate(explanation.layers, start=1):

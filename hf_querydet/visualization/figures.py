@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_querydet.file_writing import partial_path
 from hf_querydet.recording import TOTAL, CellAttention, Evidence, Region, SampledPoints
 from hf_querydet.visualization.assignment import Assignment
 from hf_querydet.visualization.explanation import Explanation, LayerExplanation
@@ -89,14 +90,8 @@ def explanation_figure(explanation: Explanation, *, head: int | None) -> Figure:
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure; the file is there complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, format=path.suffix[1:] or "png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_path(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:] or "png")
 
 
 def _panels(
