@@ -46,6 +46,7 @@ from hf_querydet.models.conditional_detr.configuration_conditional_detr import (
 )
 from hf_querydet.ops.boxes import place_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import DotProductRecord, LayerRecord
 
 
 @dataclass
@@ -109,7 +110,8 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
         memory: Tensor,
         memory_positions: Tensor,
         memory_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        record_shape: tuple[int, int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, DotProductRecord | None]:
         """Update the queries.
 
         Args:
@@ -119,26 +121,30 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
             memory: (batch, num_tokens, d_model).
             memory_positions: Same shape, or with a batch of 1.
             memory_mask: (batch, 1, 1, num_tokens), True = attend.
+            record_shape: One level, height and width of the map, if a record is wanted.
 
         Returns:
             Queries of the same shape; the weights of self-attention and of cross-attention if the
-            attention implementation returns them.
+            attention implementation returns them; the record of where they look, if wanted.
         """
         # Self-attention
         update, self_weights = self.self_attention(object_queries, query_position_embeddings)
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Attention to the picture
-        update, cross_weights = self.cross_attention(
+        inputs = (
             object_queries,
             query_position_embeddings,
             spatial_queries,
             memory,
             memory_positions,
-            memory_mask,
         )
+        update, cross_weights = self.cross_attention(*inputs, memory_mask)
+        record = None
+        if record_shape is not None:
+            record = self.cross_attention.record(record_shape, *inputs, attention_mask=memory_mask)
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
-        return self.feed_forward(object_queries), self_weights, cross_weights
+        return self.feed_forward(object_queries), self_weights, cross_weights, record
 
 
 class ConditionalDETRPreTrainedModel(DetectorPreTrainedModel):
@@ -230,6 +236,7 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> ConditionalDETRModelOutput:
         """Turn pictures into object queries.
@@ -239,6 +246,8 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
             pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
             output_attentions: Return attention weights (with ``attn_implementation="eager"``).
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
         """
         if output_attentions is None:
@@ -274,15 +283,26 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
 
         # Decoder
         decoder_states, normed_states = [object_queries], []
-        decoder_attentions, cross_attentions = [], []
+        decoder_attentions, cross_attentions, layer_records = [], [], []
+        record_shape = (1, *features.shape[-2:]) if output_recording else None
         for index, layer in enumerate(self.decoder_layers):
             # The condition. The first layer's queries have found nothing yet that could scale it.
             spatial_queries = point_embeddings
             if index > 0:
                 spatial_queries = self.query_scale(object_queries) * point_embeddings
-            object_queries, self_weights, cross_weights = layer(
-                object_queries, query_positions, spatial_queries, memory, positions, memory_mask
+            object_queries, self_weights, cross_weights, record = layer(
+                object_queries,
+                query_positions,
+                spatial_queries,
+                memory,
+                positions,
+                memory_mask,
+                record_shape,
             )
+            if output_recording:
+                layer_records.append(
+                    LayerRecord(record, reference_points=reference_points.detach())
+                )
             decoder_states.append(object_queries)
             # The norm makes a copy for the heads. Neither the next layer nor its scale reads it, or
             # asking for auxiliary outputs would change the last one.
@@ -300,6 +320,7 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
             encoder_hidden_states=tuple(encoder_states) if output_hidden_states else None,
             encoder_attentions=tuple(encoder_attentions) if output_attentions else None,
             reference_points=reference_points,
+            layer_records=tuple(layer_records) if output_recording else None,
         )
 
     def _reference_points(self, query_positions: Tensor) -> Tensor:
