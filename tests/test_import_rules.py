@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "training": {"file_writing", *ABOVE_VARIANTS},
     "visualization": {
         *ABOVE_VARIANTS,
+        "file_writing",
         "modeling_utils",
         "image_reading",
         "coco_annotations",

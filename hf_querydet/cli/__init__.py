@@ -5,7 +5,7 @@ What a subcommand needs is imported inside its function, or every other one woul
 
 import typer
 
-from hf_querydet.cli import demo, detect, evaluate, info, kernels
+from hf_querydet.cli import demo, detect, evaluate, explain, info, kernels
 from hf_querydet.cli.errors import without_traceback
 
 # In the order of the help; a command is called like its function.
@@ -13,6 +13,7 @@ COMMANDS = (
     demo.demo,
     detect.detect,
     evaluate.evaluate,
+    explain.explain,
     info.info,
     kernels.kernels,
 )
