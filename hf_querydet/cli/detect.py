@@ -109,6 +109,8 @@ def detect(
             bar = tqdm(results, "detect", num_files, unit="picture", leave=False, disable=None)
             counts = _write(bar, write)
     typer.echo(f"{counts['objects']} objects in {counts['pictures']} pictures: see {output}")
+    if counts["pictures"] and not counts["objects"]:
+        typer.echo(f"No score is above {threshold}; --threshold lowers that.")
     if counts["unreadable"]:
         typer.echo(f"{counts['unreadable']} files could not be read.", err=True)
         raise typer.Exit(1)

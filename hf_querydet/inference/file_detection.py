@@ -76,8 +76,9 @@ def detect_in_files(
     """
     state = PartialState()
     rounds = in_batches(in_batches(files, batch_size), state.num_processes)
+    rank = state.process_index
     # The last round may have no batch for this process, which takes part in it all the same.
-    shares = ((*batches, *[[]] * state.num_processes)[state.process_index] for batches in rounds)
+    shares = (batches[rank] if rank < len(batches) else [] for batches in rounds)
 
     def read(share: list[PictureFile]) -> list[tuple[PictureFile, Tensor | str]]:
         return [(file, _read(processor, file)) for file in share]

@@ -68,6 +68,13 @@ def test_folder_gives_a_line_and_a_drawn_copy_per_picture(model, pictures, tmp_p
     assert drawn == {"detections.jsonl", *names}
 
 
+def test_finding_nothing_says_what_could_be_changed(model, pictures, tmp_path):
+    output = run(model, pictures, "--output", tmp_path / "out", "--threshold", 0.99)
+
+    assert "0 objects in 4 pictures" in output
+    assert "No score is above 0.99; --threshold lowers that." in output
+
+
 def test_bad_file_is_reported_and_the_rest_is_done(model, pictures, tmp_path):
     (pictures / "a" / "bad.png").write_bytes(b"no picture")
 

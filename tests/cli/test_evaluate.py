@@ -173,6 +173,15 @@ def test_bad_picture_stops_it_unless_it_may_be_skipped(model, coco):
     assert "3 pictures of" in run(model, coco, "--skip-bad-images")
 
 
+def test_stream_of_which_nothing_is_left_is_an_error(model, coco):
+    for number in range(len(SIZES)):
+        (coco.parent / f"photo {number}.png").write_bytes(b"no picture")
+
+    message = run(model, coco, "--streaming", "--skip-bad-images", code=1)
+
+    assert f"There are no pictures in {coco}, validation." in message
+
+
 def test_missing_dataset_is_named(model, tmp_path):
     assert "nowhere" in run(model, tmp_path / "nowhere.json", code=1)
 
