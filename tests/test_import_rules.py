@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "evaluation": {"image_processing_utils", "ops"},
     "registration": {"models", *UTILS},
     "training": ABOVE_VARIANTS,
+    "model_card": {"configuration_utils", "data", "evaluation", "registration", "visualization"},
     "visualization": {*ABOVE_VARIANTS, "image_reading", "coco_annotations", "recording"},
     "model_info": {"registration", "configuration_utils"},
     "cli": EVERYTHING,
