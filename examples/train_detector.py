@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_querydet import VARIANTS, load_detector, training, variant_of
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
-from hf_querydet.evaluation import CocoEvaluator, format_table
+from hf_querydet.evaluation import CocoEvaluator, evaluate_detector, format_table
 from hf_querydet.model_card import CardFacts, write_model_card
 from hf_querydet.registration import load_config
 
@@ -310,27 +310,15 @@ def hide_bar(accelerator: Accelerator) -> bool | None:
     return None if accelerator.is_main_process else True
 
 
-@torch.no_grad()
-def evaluate(run: Run) -> CocoEvaluator:
-    """Detections in the evaluation pictures; its ``compute`` gives the numbers."""
-    run.detector.eval()
-    evaluator = CocoEvaluator(run.config.id2label)
-    for batch in tqdm(run.eval_loader, "evaluate", leave=False, disable=hide_bar(run.accelerator)):
-        with run.accelerator.autocast():
-            outputs = run.detector(batch["pixel_values"], batch["pixel_mask"])
-        sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
-        detections = run.processor.post_process_object_detection(outputs, 0.0, sizes)
-        evaluator.update(detections, batch["labels"])
-    return evaluator
-
-
 def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
     """Evaluate and save; returns whether this is the best epoch so far."""
     result = {"epoch": run.progress.epoch + 1, "step": run.progress.step, "train_loss": loss}
     evaluator = None
     if run.eval_loader is not None:
-        evaluator = evaluate(run)
-        result |= evaluator.compute()
+        evaluator = CocoEvaluator(run.config.id2label)
+        batches = tqdm(run.eval_loader, "evaluate", leave=False, disable=hide_bar(run.accelerator))
+        with run.accelerator.autocast():
+            result |= evaluate_detector(run.detector, run.processor, batches, evaluator)
         say(run.accelerator, f"\nepoch {result['epoch']}\n{format_table(result)}")
         scores = {"map": result["map"], "map_50": result["map_50"]}
         run.accelerator.log(scores, step=run.progress.step)

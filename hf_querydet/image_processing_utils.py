@@ -168,8 +168,9 @@ class DetectionImageProcessor(TorchvisionBackend):
             top_k: Most detections per picture; by default ``default_top_k`` of the class.
 
         Returns:
-            Per picture ``scores`` float32 (n,), descending, ``labels`` int64 (n,) and ``boxes``
-            float32 (n, 4), xyxy in pixels of the original picture, not clipped to it.
+            Per picture ``scores`` float32 (n,), descending, ``labels`` int64 (n,), ``boxes``
+            float32 (n, 4), xyxy in pixels of the original picture, not clipped to it, and
+            ``queries`` int64 (n,), the query that each comes from.
 
         Raises:
             ValueError: If shapes do not match, or ``top_k`` or a target size is not positive.
@@ -185,19 +186,17 @@ class DetectionImageProcessor(TorchvisionBackend):
                 "outputs must hold logits (batch, num_queries, num_classes) and pred_boxes (batch, "
                 f"num_queries, 4), got {tuple(logits.shape)} and {tuple(pred_boxes.shape)}."
             )
-        scores, labels, boxes_cxcywh = self.decode_predictions(
-            logits.detach().float(), pred_boxes.detach().float(), top_k
-        )
-        boxes_xyxy = boxes_cxcywh_to_xyxy(boxes_cxcywh)
+        scores, labels, queries = self.decode_predictions(logits.detach().float(), top_k)
+        boxes = pred_boxes.detach().float().gather(1, queries[..., None].expand(-1, -1, 4))
+        boxes_xyxy = boxes_cxcywh_to_xyxy(boxes)
         if target_sizes is not None:
             heights, widths = _read_target_sizes(target_sizes, boxes_xyxy).unbind(1)
             scale = torch.stack([widths, heights, widths, heights], dim=1)
             boxes_xyxy = boxes_xyxy * scale[:, None]
+        fields = {"scores": scores, "labels": labels, "boxes": boxes_xyxy, "queries": queries}
         return [
-            {"scores": score[keep], "labels": label[keep], "boxes": boxes[keep]}
-            for score, label, boxes, keep in zip(
-                scores, labels, boxes_xyxy, scores > threshold, strict=True
-            )
+            {name: values[picture][keep] for name, values in fields.items()}
+            for picture, keep in enumerate(scores > threshold)
         ]
 
     @staticmethod
@@ -208,18 +207,16 @@ class DetectionImageProcessor(TorchvisionBackend):
         return shortest_edge_size(original_size, shortest_edge, longest_edge)
 
     def decode_predictions(
-        self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
+        self, logits: Tensor, top_k: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Read scores, labels and boxes from the outputs; each variant names its way here.
+        """Read scores, labels and queries from the logits; each variant names its way here.
 
         Args:
             logits: (batch, num_queries, num_classes), float32.
-            pred_boxes: (batch, num_queries, 4), normalised cxcywh, float32.
             top_k: Most detections per picture, or None.
 
         Returns:
-            Scores (batch, n) descending, labels (batch, n), boxes_cxcywh (batch, n, 4): the result
-            of
+            Scores (batch, n) descending, labels (batch, n), queries (batch, n): the result of
             :func:`decode_softmax_scores` or :func:`decode_sigmoid_scores`.
         """
         raise NotImplementedError(
@@ -507,7 +504,7 @@ def shortest_edge_size(
 
 
 def decode_softmax_scores(
-    logits: Tensor, pred_boxes: Tensor, top_k: int | None = None
+    logits: Tensor, top_k: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read one detection per query: the best real class of a softmax.
 
@@ -517,22 +514,19 @@ def decode_softmax_scores(
 
     Args:
         logits: (batch, num_queries, num_labels + 1), raw.
-        pred_boxes: (batch, num_queries, 4), any format.
         top_k: Keep the best of the queries; None keeps all.
 
     Returns:
-        Scores (batch, n) in descending order, labels int64 (batch, n), boxes (batch, n, 4), where n
-        is num_queries or ``top_k``, whichever is less.
+        Scores (batch, n) in descending order, labels int64 (batch, n), queries int64 (batch, n),
+        where n is num_queries or ``top_k``, whichever is less.
     """
     scores, labels = logits.softmax(-1)[..., :-1].max(-1)
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    scores, order = scores[:, :top_k], order[:, :top_k]
-    return scores, labels.gather(1, order), _take_boxes(pred_boxes, order)
+    scores, queries = scores[:, :top_k], order[:, :top_k]
+    return scores, labels.gather(1, queries), queries
 
 
-def decode_sigmoid_scores(
-    logits: Tensor, pred_boxes: Tensor, top_k: int | None = 100
-) -> tuple[Tensor, Tensor, Tensor]:
+def decode_sigmoid_scores(logits: Tensor, top_k: int | None = 100) -> tuple[Tensor, Tensor, Tensor]:
     """Read the best pairs of query and class: every class is a detector of its own.
 
     A query may be returned several times, with different classes. The way of the detectors that
@@ -540,23 +534,17 @@ def decode_sigmoid_scores(
 
     Args:
         logits: (batch, num_queries, num_labels), raw.
-        pred_boxes: (batch, num_queries, 4), any format.
         top_k: How many pairs; None returns all.
 
     Returns:
-        Scores (batch, n) in descending order, labels int64 (batch, n), boxes (batch, n, 4), where n
-        is num_queries * num_labels or ``top_k``, whichever is less.
+        Scores (batch, n) in descending order, labels int64 (batch, n), queries int64 (batch, n),
+        where n is num_queries * num_labels or ``top_k``, whichever is less.
     """
     num_labels = logits.shape[-1]
     scores = logits.sigmoid().flatten(1)
     num_pairs = scores.shape[1]
     scores, pairs = scores.topk(num_pairs if top_k is None else min(top_k, num_pairs), dim=1)
-    queries = pairs // num_labels
-    return scores, pairs % num_labels, _take_boxes(pred_boxes, queries)
-
-
-def _take_boxes(boxes: Tensor, queries: Tensor) -> Tensor:
-    return boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+    return scores, pairs % num_labels, pairs // num_labels
 
 
 def _fits(size: tuple[int, int], pad_size: SizeDict) -> bool:

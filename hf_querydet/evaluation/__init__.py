@@ -3,6 +3,7 @@
 from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
 from hf_querydet.evaluation.detection_metrics import DetectionMetrics, FlatLabelsCollator
 from hf_querydet.evaluation.detection_trainer import DetectionTrainer
+from hf_querydet.evaluation.loop import evaluate_detector, evaluation_loader
 from hf_querydet.evaluation.table import format_table
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "DetectionMetrics",
     "DetectionTrainer",
     "FlatLabelsCollator",
+    "evaluate_detector",
+    "evaluation_loader",
     "format_table",
 ]

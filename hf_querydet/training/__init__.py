@@ -13,7 +13,6 @@ from hf_querydet.training.options import (
 )
 from hf_querydet.training.progress import ThroughputMeter, TrainingProgress
 from hf_querydet.training.run_directory import (
-    PARTIAL_SUFFIX,
     checkpoint_name,
     finish_directory,
     list_checkpoints,
@@ -26,7 +25,6 @@ from hf_querydet.training.weight_average import weight_average
 
 __all__ = [
     "NO_SPLIT",
-    "PARTIAL_SUFFIX",
     "HubError",
     "HubRepository",
     "NonFiniteLossError",

@@ -10,7 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-PARTIAL_SUFFIX = ".partial"
+from hf_querydet.file_writing import PARTIAL_SUFFIX, partial_file
+
 PREVIOUS_SUFFIX = ".previous" + PARTIAL_SUFFIX
 CHECKPOINTS = "checkpoints"
 NUM_CHECKPOINTS_KEPT = 2
@@ -113,7 +114,5 @@ def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a json file; it is there complete or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with partial_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 import tracemalloc
 
@@ -349,6 +350,19 @@ def test_detections_of_a_picture_can_be_had_back():
     assert found["boxes"].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
     with pytest.raises(KeyError, match="no picture with image_id -1 was collected"):
         evaluator.detections(-1)
+
+
+def test_results_have_the_own_ids_of_pictures_and_are_written_as_they_are(tmp_path):
+    scenes = SceneMaker(num_pictures=3)
+    evaluator = feed(CocoEvaluator(ID2LABEL, own_image_id="scan {}".format), scenes)
+    plain = feed(CocoEvaluator(ID2LABEL), scenes).coco_results()
+
+    evaluator.write_coco_results(tmp_path / "new" / "results.json")
+
+    expected = [{**row, "image_id": f"scan {row['image_id']}"} for row in plain]
+    assert len(expected) > 0
+    assert evaluator.coco_results() == expected
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == expected
 
 
 def test_memory_is_that_of_the_detections_kept():

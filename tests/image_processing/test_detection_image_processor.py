@@ -26,13 +26,13 @@ TINY = {"shortest_edge": 20, "longest_edge": 33}
 class SigmoidImageProcessor(DetectionImageProcessor):
     default_top_k = 4
 
-    def decode_predictions(self, logits, pred_boxes, top_k):
-        return decode_sigmoid_scores(logits, pred_boxes, top_k)
+    def decode_predictions(self, logits, top_k):
+        return decode_sigmoid_scores(logits, top_k)
 
 
 class SoftmaxImageProcessor(DetectionImageProcessor):
-    def decode_predictions(self, logits, pred_boxes, top_k):
-        return decode_softmax_scores(logits, pred_boxes, top_k)
+    def decode_predictions(self, logits, top_k):
+        return decode_softmax_scores(logits, top_k)
 
 
 def noise(height, width, seed=0):
@@ -553,44 +553,45 @@ def sigmoid_outputs(dtype=torch.float32):
 
 
 def test_sigmoid_reads_the_best_pairs_of_query_and_class():
-    scores, labels, boxes = decode_sigmoid_scores(
-        sigmoid_outputs().logits, sigmoid_outputs().pred_boxes, top_k=3
-    )
+    scores, labels, queries = decode_sigmoid_scores(sigmoid_outputs().logits, top_k=3)
 
     torch.testing.assert_close(scores, torch.tensor([[0.9, 0.7, 0.6], [0.8, 0.07, 0.06]]))
     assert labels.tolist() == [[0, 1, 2], [2, 2, 1]]
-    first, second = sigmoid_outputs().pred_boxes[0]
-    assert torch.equal(boxes[0], torch.stack([first, second, second]))
-    assert torch.equal(boxes[1], torch.stack([second, first, first]))
+    assert queries.tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("top_k", [None, 6, 100])
 def test_sigmoid_returns_all_pairs_at_most(top_k):
-    outputs = sigmoid_outputs()
-
-    assert decode_sigmoid_scores(outputs.logits, outputs.pred_boxes, top_k)[0].shape == (2, 6)
+    assert decode_sigmoid_scores(sigmoid_outputs().logits, top_k)[0].shape == (2, 6)
 
 
 def test_softmax_reads_one_class_per_query_and_drops_the_last():
     # "No object" is the likeliest of the first query; its best real class remains.
     probabilities = torch.tensor([[[0.1, 0.3, 0.6], [0.5, 0.2, 0.3]]])
-    boxes = torch.tensor([[[0.1] * 4, [0.2] * 4]])
 
-    scores, labels, boxes = decode_softmax_scores(probabilities.log(), boxes)
+    scores, labels, queries = decode_softmax_scores(probabilities.log())
 
     torch.testing.assert_close(scores, torch.tensor([[0.5, 0.3]]))
     assert labels.tolist() == [[0, 1]]
-    torch.testing.assert_close(boxes, torch.tensor([[[0.2] * 4, [0.1] * 4]]))
+    assert queries.tolist() == [[1, 0]]
 
 
 def test_softmax_keeps_the_best_queries():
     probabilities = torch.tensor([[[0.1, 0.3, 0.6], [0.5, 0.2, 0.3]]])
 
-    scores, labels, boxes = decode_softmax_scores(
-        probabilities.log(), torch.zeros(1, 2, 4), top_k=1
-    )
+    scores, labels, queries = decode_softmax_scores(probabilities.log(), top_k=1)
 
-    assert (scores.shape, labels.tolist(), boxes.shape) == ((1, 1), [[0]], (1, 1, 4))
+    assert (scores.shape, labels.tolist(), queries.tolist()) == ((1, 1), [[0]], [[1]])
+
+
+def test_detection_says_which_query_it_comes_from():
+    outputs = sigmoid_outputs()
+
+    first, second = SigmoidImageProcessor().post_process_object_detection(outputs, 0.65)
+
+    assert (first["queries"].tolist(), second["queries"].tolist()) == ([0, 1], [1])
+    expected = torch.tensor([[0.4, 0.3, 0.6, 0.7], [0.0, 0.0, 0.5, 1.0]])
+    torch.testing.assert_close(first["boxes"], expected)
 
 
 def test_boxes_are_corners_in_pixels_of_the_original():

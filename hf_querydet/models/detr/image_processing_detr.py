@@ -22,7 +22,7 @@ class DETRImageProcessor(DetectionImageProcessor):
     """
 
     def decode_predictions(
-        self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
+        self, logits: Tensor, top_k: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One detection per query, see :func:`decode_softmax_scores`."""
-        return decode_softmax_scores(logits, pred_boxes, top_k)
+        return decode_softmax_scores(logits, top_k)

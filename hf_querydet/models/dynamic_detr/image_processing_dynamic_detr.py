@@ -57,8 +57,8 @@ class DynamicDETRImageProcessor(DetectionImageProcessor):
         return cls(**({"use_focal": config.use_focal} | kwargs))
 
     def decode_predictions(
-        self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
+        self, logits: Tensor, top_k: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`decode_sigmoid_scores` and :func:`decode_softmax_scores`."""
         decode = decode_sigmoid_scores if self.use_focal else decode_softmax_scores
-        return decode(logits, pred_boxes, top_k)
+        return decode(logits, top_k)

@@ -24,7 +24,7 @@ class EfficientDETRImageProcessor(DetectionImageProcessor):
     default_top_k = 100
 
     def decode_predictions(
-        self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
+        self, logits: Tensor, top_k: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The best pairs of query and class, see :func:`decode_sigmoid_scores`."""
-        return decode_sigmoid_scores(logits, pred_boxes, top_k)
+        return decode_sigmoid_scores(logits, top_k)

@@ -82,11 +82,9 @@ class SparseRCNNImageProcessor(DetectionImageProcessor):
         return (new_long, new_short) if height > width else (new_short, new_long)
 
     def decode_predictions(
-        self, logits: Tensor, pred_boxes: Tensor, top_k: int | None
+        self, logits: Tensor, top_k: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`decode_sigmoid_scores`; by default as many pairs as there are proposals."""
         if not self.use_focal:
-            return decode_softmax_scores(logits, pred_boxes, top_k)
-        return decode_sigmoid_scores(
-            logits, pred_boxes, logits.shape[1] if top_k is None else top_k
-        )
+            return decode_softmax_scores(logits, top_k)
+        return decode_sigmoid_scores(logits, logits.shape[1] if top_k is None else top_k)
