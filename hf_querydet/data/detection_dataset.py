@@ -167,6 +167,9 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
 
         Args:
             num_threads: How many pictures are decoded at once; not given: one per core.
+
+        Raises:
+            BadExampleError: If no row is left.
         """
         threads = num_threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
@@ -175,6 +178,10 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
         other.skipped = [problem for problem in problems if problem is not None]
         pairs = zip(self._row_numbers, problems, strict=True)
         other._row_numbers = [number for number, problem in pairs if problem is None]
+        if other.skipped and not other._row_numbers:
+            raise BadExampleError(
+                f"None of the {len(self)} rows can be used; the first problem: {other.skipped[0]}"
+            )
         if other.skipped:
             logger.warning(
                 f"Skipped {len(other.skipped)} of {len(self)} rows:\n" + "\n".join(other.skipped)

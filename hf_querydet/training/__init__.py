@@ -6,7 +6,6 @@ from hf_querydet.training.optimization import learning_rate_schedule, parameter_
 from hf_querydet.training.options import (
     NO_SPLIT,
     fill_from_recipe,
-    model_options,
     parse_options,
     shown_command,
     shown_options,
@@ -14,7 +13,6 @@ from hf_querydet.training.options import (
 from hf_querydet.training.progress import ThroughputMeter, TrainingProgress
 from hf_querydet.training.run_directory import (
     checkpoint_name,
-    finish_directory,
     list_checkpoints,
     open_run_directory,
     save_checkpoint,
@@ -32,11 +30,9 @@ __all__ = [
     "TrainingProgress",
     "checkpoint_name",
     "fill_from_recipe",
-    "finish_directory",
     "learning_rate_schedule",
     "list_checkpoints",
     "mean_loss_terms",
-    "model_options",
     "open_run_directory",
     "parameter_groups",
     "parse_options",

@@ -36,7 +36,7 @@ def parse_options(description: str, words: Sequence[str] | None = None) -> argpa
     _add_hub_options(parser.add_argument_group("hub"))
     options = parser.parse_args(words)
     try:
-        options.model_option = model_options(options.model_option)
+        options.model_option = _model_options(options.model_option)
         _check(options)
     except ValueError as error:
         parser.error(str(error))
@@ -140,12 +140,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} needs --push-to-hub REPO_ID.")
 
 
-def model_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Config fields from words NAME=VALUE; values are json or plain words.
-
-    Raises:
-        ValueError: If a word has no ``=``.
-    """
+def _model_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Config fields from words NAME=VALUE; values are json or plain words."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

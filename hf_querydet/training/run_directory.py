@@ -29,10 +29,10 @@ def write_directory(directory: str | os.PathLike, write: Callable[[Path], None])
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
-    finish_directory(partial, directory)
+    _finish_directory(partial, directory)
 
 
-def finish_directory(partial: Path, directory: Path) -> None:
+def _finish_directory(partial: Path, directory: Path) -> None:
     """Put a completely written directory into its final place."""
     previous = directory.with_name(directory.name + PREVIOUS_SUFFIX)
     shutil.rmtree(previous, ignore_errors=True)
@@ -95,7 +95,7 @@ def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_directory(partial, finished)
+        _finish_directory(partial, finished)
         for old in list_checkpoints(directory)[:-NUM_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()

@@ -158,7 +158,7 @@ def test_sample_is_drawn_by_its_seed(image_folder):
         return [item["annotations"]["image_id"] for item in sample]
 
     assert ids(2, seed=1) == ids(2, seed=1)
-    assert len({tuple(ids(2, seed)) for seed in range(20)}) == 6  # all pairs of four
+    assert len({tuple(ids(2, seed)) for seed in range(60)}) == 6  # all pairs of four
     assert ids(9, seed=0) == [10, 13, 16, 19]
 
 
@@ -277,6 +277,13 @@ def test_bad_rows_are_left_out_counted_and_listed(folder_with_bad_rows, processo
         dataset.with_processor(processor), num_workers=2, collate_fn=DetectionCollator(processor)
     )
     assert [int(batch["labels"][0]["image_id"]) for batch in loader] == [13, 16]
+
+
+def test_a_dataset_without_a_good_row_is_an_error(folder_with_bad_rows):
+    dataset = load_detection_dataset(folder_with_bad_rows, split="train").select([0, 3])
+
+    with pytest.raises(BadExampleError, match=r"None of the 2 rows can be used; the first .* row 0"):
+        dataset.without_bad_images()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
