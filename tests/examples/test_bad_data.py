@@ -98,7 +98,7 @@ def change_one_id_twice(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_nothing_left, "the objects of all 0 rows of the split 'train' are empty"),
+        (change_nothing_left, r"train\.json has no pictures: its list images is empty"),
         (change_no_boxes, "the objects of all 4 rows of the split 'train' are empty"),
         (change_one_id_twice, r"several pictures of image_id \[2\]"),
     ],

@@ -38,7 +38,7 @@ def test_existing_repository_is_taken(client, hub):
 @pytest.mark.parametrize(
     ("function", "fields", "told"),
     [
-        (hub_client.prepare_repository, {"token": "hf_wrong"}, "Invalid credentials"),
+        (hub_client.prepare_repository, {"token": "hf_wrong"}, "Invalid user token"),
         (hub_client.prepare_without_token, {}, "Token"),
         (hub_client.prepare_without_network, {}, "Connection refused"),
         (hub_client.prepare_repository, {"repo_id": "a/b/c"}, "a/b/c"),
