@@ -162,7 +162,10 @@ def _results(
         f"```text\n{format_table(metrics)}\n```",
     ]
     if pictures:
-        parts.append("Pictures of that split, with what the detector finds in them:")
+        parts.append(
+            "Pictures of that split, with what the detector finds in them above a score of "
+            f"{DRAWN_ABOVE}:"
+        )
         parts += [f"![detections]({name})" for name in pictures]
     return "\n\n".join(parts)
 

@@ -27,18 +27,17 @@ def by_hand(detector, processor, dataset):
 def make_trainer(
     folder, detector, processor, dataset, trainer=DetectionTrainer, arguments=None, **options
 ):
-    arguments = arguments or {}
-    arguments = TrainingArguments(
+    training_arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_eval_batch_size=3,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **arguments,
+        **(arguments or {}),
     )
     settings = {
         "model": detector,
-        "args": arguments,
+        "args": training_arguments,
         "eval_dataset": dataset,
         "data_collator": DetectionCollator(processor),
         "processing_class": processor,
