@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -66,3 +68,18 @@ def hub():
     """A Hub on this machine, for processes that are started with its `environment`."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def client(hub, tmp_path_factory):
+    """Calls functions, those of hub_client.py, in one process that knows the local Hub."""
+    import hub_client
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
+                patch.setenv(name, value)
+            # Trainer switches the bars while it pushes; with this set, that is a warning.
+            patch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+            pool.submit(hub_client.start).result()
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()

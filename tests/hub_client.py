@@ -5,10 +5,14 @@ Every function takes and returns plain values, which travel between the processe
 
 import hashlib
 import os
+import socket
+import sys
 import tempfile
 import warnings
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.cli import hf
 from tiny import perturb, picture, tiny_batch, tiny_config, tiny_labels
 from transformers import (
     AutoConfig,
@@ -22,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_querydet import VARIANTS, load_detector
 from hf_querydet.data import DetectionCollator
+from hf_querydet.training import HubRepository
 
 
 def start():
@@ -130,6 +135,49 @@ def train_and_push(name, repo_id):
         trainer.train()
         trainer.push_to_hub()
     return facts(model, processor)
+
+
+def prepare_repository(**fields):
+    return HubRepository(**fields).prepare()
+
+
+def push_directory(directory, message, **fields):
+    return HubRepository(**fields).push(directory, message)
+
+
+def prepare_without_token(**fields):
+    token = os.environ.pop("HF_TOKEN")
+    try:
+        return prepare_repository(**fields)
+    finally:
+        os.environ["HF_TOKEN"] = token
+
+
+def prepare_without_network(**fields):
+    """As if the Hub were at an address where nobody listens."""
+    endpoint = constants.ENDPOINT
+    with socket.socket() as closed:
+        # Taken, so that no one else answers, but not listening.
+        closed.bind(("127.0.0.1", 0))
+        constants.ENDPOINT = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        try:
+            return prepare_repository(**fields)
+        finally:
+            constants.ENDPOINT = endpoint
+
+
+def run_command(words):
+    """The command `hf`."""
+    arguments = sys.argv
+    sys.argv = words
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are those of the command
+            hf.main()
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = arguments
 
 
 def message(function, *args, **kwargs):

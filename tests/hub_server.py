@@ -134,6 +134,7 @@ class HubServer:
         self.requests: list[str] = []
         self.repos: dict[str, Repo] = {}
         self.lfs_objects: dict[str, bytes] = {}
+        self.read_only: set[str] = set()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.http.hub = self
@@ -207,6 +208,13 @@ class HubServer:
             raise Refusal(409, "Reference already exists")
         start = request.json.get("startingPoint", "main")
         repo.branches[branch] = [repo.resolve(start)]
+        return {}
+
+    @route("GET", f"{API}/auth-check/write")
+    def auth_check(self, request, repo_id):
+        self.find(request, repo_id)
+        if repo_id in self.read_only:
+            raise Refusal(403, "You may only read this repository.")
         return {}
 
     @route("GET", f"{API}(?:/revision/{REVISION})?")
@@ -309,6 +317,8 @@ class HubServer:
     @route("POST", f"{API}/commit/{REVISION}")
     def commit(self, request, repo_id, revision):
         repo, parent, files = self.find(request, repo_id, revision)
+        if repo_id in self.read_only:
+            raise Refusal(403, "You may only read this repository.")
         if revision not in repo.branches:
             raise Refusal(400, f"{revision} is not a branch")
         header, *changes = (json.loads(line) for line in request.body.splitlines())

@@ -1,8 +1,5 @@
 """Detectors on the Hub: pushed to and loaded from a server on this machine."""
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import hub_client
 import pytest
 from hub_server import TOKEN, USER
@@ -11,19 +8,6 @@ from hf_querydet import VARIANTS
 
 every_variant = pytest.mark.parametrize("name", list(VARIANTS))
 ANY = next(iter(VARIANTS))
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    """Calls functions in one process that knows the local Hub."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in hub.environment(tmp_path_factory.mktemp("home")).items():
-                patch.setenv(name, value)
-            # Trainer switches the bars while it pushes; with this set, that is a warning.
-            patch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
-            pool.submit(hub_client.start).result()
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "visualization",
     },
     "registration": {"models", *UTILS},
+    "model_card": {"configuration_utils", "data", "evaluation", "registration", "visualization"},
     "training": {"file_writing", *ABOVE_VARIANTS},
     "visualization": {
         *ABOVE_VARIANTS,

@@ -32,7 +32,8 @@ def load_coco_rows(
         ``images``, and the name of each category id.
 
     Raises:
-        ValueError: If the file is not of that format, or an annotation belongs to no picture.
+        ValueError: If the file is not of that format, has no pictures, or an annotation belongs to
+            none of them.
         FileNotFoundError: If the pictures are not in ``picture_dir``.
     """
     content = _read_json(json_file)
@@ -103,6 +104,8 @@ def _read_json(json_file: Path) -> dict[str, Any]:
 
 
 def _check_image_ids(json_file: Path, content: dict[str, Any]) -> None:
+    if not content["images"]:
+        raise ValueError(f"{json_file} has no pictures: its list images is empty.")
     counts = Counter(image["id"] for image in content["images"])
     repeated = [image_id for image_id, count in counts.items() if count > 1]
     if repeated:

@@ -4,14 +4,17 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import datasets
+import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
@@ -34,6 +37,8 @@ class _DetectionRows:
         self.processor: DetectionImageProcessor | None = None
         self.transforms: Callable | None = None
         self.do_resize = True
+        self._seed: int | None = None
+        self._epoch = 0
 
     @property
     def label_table(self) -> LabelTable:
@@ -75,6 +80,7 @@ class _DetectionRows:
         transforms: Callable | None = None,
         *,
         do_resize: bool | None = None,
+        seed: int | None = None,
     ) -> Self:
         """A copy whose items are model inputs: ``pixel_values`` (3, height, width) and ``labels``.
 
@@ -85,19 +91,32 @@ class _DetectionRows:
                 :func:`hf_querydet.data.transforms.apply_transforms`.
             do_resize: Whether the processor resizes. Not given: it does, unless ``transforms`` have
                 an attribute ``resizes`` that is true, as :class:`DetectionAugmentation` has.
+            seed: Makes what ``transforms`` draw depend on this number, on the epoch
+                (:meth:`set_epoch`, to be called before each) and on the row alone, whichever worker
+                prepares it and after whatever else. Then a run that is interrupted in the middle of
+                an epoch continues exactly. Not given: they draw from the random state of the
+                process, as usual.
         """
         other = copy.copy(self)
         other.processor, other.transforms = processor, transforms
         resized = getattr(transforms, "resizes", False)
         other.do_resize = (not resized and processor.do_resize) if do_resize is None else do_resize
+        other._seed = seed
         return other
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, on which seeded transforms depend; see :meth:`with_processor`."""
+        self._epoch = epoch
 
     def _item(self, row: Mapping[str, Any], row_number: int) -> dict[str, Any]:
         image, annotations = self.reader.read(row, row_number)
         if self.processor is None:
             return {"image": image, "annotations": annotations}
         try:
-            return self._model_input(image, annotations)
+            if self._seed is None:
+                return self._model_input(image, annotations)
+            with _random_states_from(self._seed, self._epoch, row_number):
+                return self._model_input(image, annotations)
         except Exception as error:
             error.add_note(f"While preparing {self.reader.describe(row, row_number)}.")
             raise
@@ -148,6 +167,9 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
 
         Args:
             num_threads: How many pictures are decoded at once; not given: one per core.
+
+        Raises:
+            BadExampleError: If no row is left.
         """
         threads = num_threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
@@ -156,6 +178,10 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
         other.skipped = [problem for problem in problems if problem is not None]
         pairs = zip(self._row_numbers, problems, strict=True)
         other._row_numbers = [number for number, problem in pairs if problem is None]
+        if other.skipped and not other._row_numbers:
+            raise BadExampleError(
+                f"None of the {len(self)} rows can be used; the first problem: {other.skipped[0]}"
+            )
         if other.skipped:
             logger.warning(
                 f"Skipped {len(other.skipped)} of {len(self)} rows:\n" + "\n".join(other.skipped)
@@ -167,6 +193,11 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
         other = copy.copy(self)
         other._row_numbers = [self._row_numbers[index] for index in indices]
         return other
+
+    def sample(self, count: int, *, seed: int) -> Self:
+        """A copy with this many items, or all if there are fewer, drawn at random."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.select(sorted(order[:count].tolist()))
 
     def split_by_process(self, rank: int, num_processes: int, *, batch_size: int) -> Self:
         """A copy with the share of one process: every so many-th batch.
@@ -238,8 +269,13 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
         other.rows = self.rows.take(count)
         return other
 
+    def sample(self, count: int, *, seed: int) -> Self:
+        """A copy that draws this many rows: of a stream, they are the first ones."""
+        return self.take(count)
+
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the order of a shuffled stream depends on."""
+        """Set the epoch, on which the order of a shuffled stream and seeded transforms depend."""
+        super().set_epoch(epoch)
         self.rows.set_epoch(epoch)
 
     def split_by_process(self, rank: int, num_processes: int, *, batch_size: int) -> Self:
@@ -264,6 +300,26 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
                 if self._skip_list is None:
                     raise
                 self._skip_list.add(str(error))
+
+
+@contextmanager
+def _random_states_from(*numbers: int) -> Iterator[None]:
+    """Random states of Python, NumPy and torch that follow from these numbers; then the old ones.
+
+    Those of accelerators are left alone: they belong to the model.
+    """
+    # NumPy's global state is what transforms of other libraries draw from.
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    first, second, third = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(first)
+    np.random.seed(second)  # noqa: NPY002
+    torch.default_generator.manual_seed(third)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
 
 class _SkipList:

@@ -117,6 +117,7 @@ def _load_rows(
         )
     folder = _find_metadata_folder(path, split)
     if folder is not None:
+        _check_metadata(folder / "metadata.jsonl")
         # Named file by file: split names inside file names would otherwise be taken for splits.
         files = {split: str(Path(glob.escape(str(folder))) / "**")}
         rows = datasets.load_dataset(
@@ -147,6 +148,12 @@ def _find_coco_file(path: Path, split: str) -> Path | None:
 def _find_metadata_folder(path: Path, split: str) -> Path | None:
     folders = (path / split, path)
     return next((folder for folder in folders if (folder / "metadata.jsonl").is_file()), None)
+
+
+def _check_metadata(file: Path) -> None:
+    with file.open(encoding="utf-8") as lines:
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"{file} has no pictures: it is empty.")
 
 
 def _find_category(features: datasets.Features, require_boxes: bool) -> tuple[str, Any]:

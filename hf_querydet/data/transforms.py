@@ -26,18 +26,27 @@ class DetectionAugmentation(v2.Compose):
 
     The crop cuts a rectangle out of a smaller version of the picture and may leave no object.
 
-    Where the processor's size has a ``shortest_edge``, scales are drawn from a list that ends at
-    it, and ``longest_edge`` and ``pad_size`` are respected. Any other size is the processor's
-    business: then only flip and crop happen here, and ``resizes`` is False.
+    Where the processor's size has a ``shortest_edge``, scales are drawn from a list that starts at
+    0.6 of it and ends at it, and ``longest_edge`` and ``pad_size`` are respected. Any other size is
+    the processor's business: then only flip and crop happen here, and ``resizes`` is False.
 
     Args:
         processor: Image processor of the model, for its ``size`` and ``pad_size``.
         flip_probability: Share of pictures that are mirrored; 0 where left and right matter.
+        multi_scale: Draw another scale for each picture; if not, the processor resizes.
+        random_crop: Crop half of the pictures.
     """
 
-    def __init__(self, processor: DetectionImageProcessor, *, flip_probability: float = 0.5):
+    def __init__(
+        self,
+        processor: DetectionImageProcessor,
+        *,
+        flip_probability: float = 0.5,
+        multi_scale: bool = True,
+        random_crop: bool = True,
+    ):
         size = processor.size
-        self_scaling = bool(size.shortest_edge)
+        self_scaling = multi_scale and bool(size.shortest_edge)
         shortest_edge = size.shortest_edge or min(
             length
             for length in (size.height, size.width, size.max_height, size.max_width)
@@ -54,13 +63,9 @@ class DetectionAugmentation(v2.Compose):
             scale = RandomShortestEdge(
                 _scaled(SHORTEST_EDGES, shortest_edge), size.longest_edge, processor.pad_size
             )
-        super().__init__(
-            [
-                v2.RandomHorizontalFlip(flip_probability),
-                v2.RandomChoice([v2.Identity(), crop]),
-                scale,
-            ]
-        )
+        flip = v2.RandomHorizontalFlip(flip_probability)
+        some_cropped = v2.RandomChoice([v2.Identity(), crop]) if random_crop else v2.Identity()
+        super().__init__([flip, some_cropped, scale])
         self.resizes = self_scaling
 
 

@@ -140,6 +140,27 @@ class CocoEvaluator:
         evaluation = self._evaluate(classes) if self._pictures and classes else None
         return self._metrics(evaluation, classes)
 
+    def detections(self, image_id: int) -> dict[str, Tensor]:
+        """What was kept of one picture, in the form of ``post_process_object_detection``.
+
+        Args:
+            image_id: Of a picture that was collected, here or, after :meth:`compute`, elsewhere.
+
+        Returns:
+            ``scores`` (n,), descending, ``labels`` (n,) and ``boxes`` (n, 4), xyxy in pixels.
+
+        Raises:
+            KeyError: If no picture has this id.
+        """
+        if image_id not in self._pictures:
+            raise KeyError(f"no picture with image_id {image_id} was collected.")
+        picture = self._pictures[image_id]
+        return {
+            "scores": torch.from_numpy(picture.scores),
+            "labels": torch.from_numpy(picture.labels),
+            "boxes": torch.from_numpy(picture.boxes_xyxy),
+        }
+
     def coco_results(self) -> list[dict[str, Any]]:
         """Detections as the rows of a COCO result file.
 

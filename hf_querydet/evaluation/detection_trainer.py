@@ -40,7 +40,9 @@ class DetectionTrainer(Trainer):
     over processes as if each tensor had one row per picture. A list of dictionaries does not: in an
     incomplete last batch every tensor of every dictionary is cut to as many rows as there are
     pictures, which loses boxes without a word, and unequal numbers of boxes cannot be gathered.
-    Here each process evaluates its own pictures, and only detections travel.
+    Here each process evaluates its own pictures, and only detections travel. A Trainer of your own
+    can use :class:`~hf_querydet.evaluation.DetectionMetrics`, which brings the labels into the one
+    form that survives.
 
     Training goes as with ``Trainer``; a model that has a schedule of its own is told how much of
     the run is done, see :class:`TrainingProgressCallback`.
@@ -87,7 +89,7 @@ class DetectionTrainer(Trainer):
                 "DetectionCollator with a dataset of annotated pictures."
             )
         predictions = self.processing_class.post_process_object_detection(
-            _named(outputs),
+            named_outputs(outputs),
             threshold=0.0,
             target_sizes=torch.stack([target["orig_size"] for target in labels]),
         )
@@ -95,7 +97,7 @@ class DetectionTrainer(Trainer):
         return loss, None, None
 
 
-def _named(outputs: Any) -> SimpleNamespace:
+def named_outputs(outputs: Any) -> SimpleNamespace:
     """Outputs as the Trainer hands them over, without names: first logits, then boxes."""
     is_sequence = isinstance(outputs, (tuple, list))
     if (

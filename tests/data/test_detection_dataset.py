@@ -1,10 +1,12 @@
 import itertools
 import json
 import pickle
+import random
 import re
 import time
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from detection_data import OBJECTS, SIZES, write_image_folder, write_picture
@@ -120,6 +122,44 @@ def test_augmentation_follows_the_seed_also_in_workers(image_folder, processor):
         assert not all(
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, other, strict=True)
         )
+
+
+def test_seeded_transforms_depend_on_seed_epoch_and_row_alone(image_folder, processor):
+    plain = load_detection_dataset(image_folder, split="train")
+    record = []
+
+    def drawing(picture, target):
+        numbers = random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+        record.append(numbers)
+        return picture, target
+
+    def drawn(index, seed=5, epoch=0):
+        dataset = plain.with_processor(processor, drawing, seed=seed)
+        dataset.set_epoch(epoch)
+        dataset[index]
+        return record[-1]
+
+    first = drawn(2)
+    before = random.getstate(), torch.get_rng_state()
+    drawn(0)
+    assert drawn(2) == first
+    # The states of the process are as if nothing had been drawn.
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    others = {first, drawn(0), drawn(2, seed=6), drawn(2, epoch=1)}
+    assert all(len({numbers[i] for numbers in others}) == 4 for i in range(3))
+
+
+def test_sample_is_drawn_by_its_seed(image_folder):
+    dataset = load_detection_dataset(image_folder, split="train")
+
+    def ids(count, seed):
+        sample = dataset.sample(count, seed=seed)
+        return [item["annotations"]["image_id"] for item in sample]
+
+    assert ids(2, seed=1) == ids(2, seed=1)
+    assert len({tuple(ids(2, seed)) for seed in range(60)}) == 6  # all pairs of four
+    assert ids(9, seed=0) == [10, 13, 16, 19]
 
 
 def test_the_processor_does_not_resize_what_transforms_have_resized(image_folder, processor):
@@ -239,6 +279,13 @@ def test_bad_rows_are_left_out_counted_and_listed(folder_with_bad_rows, processo
     assert [int(batch["labels"][0]["image_id"]) for batch in loader] == [13, 16]
 
 
+def test_a_dataset_without_a_good_row_is_an_error(folder_with_bad_rows):
+    dataset = load_detection_dataset(folder_with_bad_rows, split="train").select([0, 3])
+
+    with pytest.raises(BadExampleError, match=r"None of the 2 rows can be used; .* row 0"):
+        dataset.without_bad_images()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_stream_lists_the_rows_it_left_out_whichever_worker_did(
     folder_with_bad_rows, processor, num_workers
@@ -351,6 +398,7 @@ def test_a_shuffled_stream_has_a_new_order_each_epoch(stream_without_ids):
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == list(range(20, 27))
     assert [item["image"].width for item in stream_without_ids.take(2)] == [20, 21]
+    assert [item["image"].width for item in stream_without_ids.sample(2, seed=0)] == [20, 21]
 
 
 def test_datasets_survive_pickling(image_folder, processor):

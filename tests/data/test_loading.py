@@ -289,6 +289,14 @@ def test_a_coco_json_that_is_missing_or_broken(tmp_path):
         load_detection_dataset(partial, split="train")
 
 
+def test_an_empty_metadata_file_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n")
+
+    with pytest.raises(ValueError, match=r"metadata\.jsonl has no pictures: it is empty"):
+        load_detection_dataset(tmp_path, split="train")
+
+
 def test_a_wrong_picture_dir_is_named_at_once(tmp_path):
     json_file = write_coco(tmp_path / "a.json", tmp_path / "photos", CATEGORIES, COCO_OBJECTS)
 
@@ -304,8 +312,9 @@ def test_a_wrong_picture_dir_is_named_at_once(tmp_path):
             lambda content: content["annotations"][0].update(image_id=55),
             r"annotation 0 belongs to image_id 55, which is not among the images",
         ),
+        (lambda content: content["images"].clear(), r"a\.json has no pictures"),
     ],
-    ids=["repeated-picture", "orphan"],
+    ids=["repeated-picture", "orphan", "no-picture"],
 )
 def test_a_coco_json_that_contradicts_itself(tmp_path, edit, message):
     json_file = write_coco(tmp_path / "a.json", tmp_path, CATEGORIES, COCO_OBJECTS)

@@ -230,6 +230,21 @@ def test_augmentation_can_leave_left_and_right():
         assert picture[0, 0, 0] < picture[0, 0, -1]
 
 
+def test_scale_and_crop_can_be_left_out():
+    processor = DetectionImageProcessor(size={"shortest_edge": 200, "longest_edge": 500})
+    one_scale = DetectionAugmentation(processor, multi_scale=False)
+    uncropped = DetectionAugmentation(processor, random_crop=False)
+
+    # The processor resizes; only what was cropped has another size here.
+    assert not one_scale.resizes
+    shapes = set(drawn_shapes(one_scale, count=60))
+    assert (3, 120, 240) in shapes
+    assert len(shapes) > 10
+    assert uncropped.resizes
+    heights = {height for _, height, width in drawn_shapes(uncropped, count=200)}
+    assert heights == set(range(120, 201, 8))
+
+
 def test_augmented_pictures_fit_into_pad_size():
     processor = DetectionImageProcessor(
         size={"shortest_edge": 200, "longest_edge": 333}, pad_size={"height": 150, "width": 190}

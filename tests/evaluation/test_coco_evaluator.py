@@ -331,6 +331,27 @@ def test_results_are_in_the_terms_of_the_dataset():
     ]
 
 
+def test_detections_of_a_picture_can_be_had_back():
+    scenes = SceneMaker(num_pictures=1)
+    picture = scenes.pictures[0]
+    evaluator = CocoEvaluator(ID2LABEL, max_detections=2)
+    prediction = {
+        "scores": torch.tensor([0.25, 0.75, 0.5]),
+        "labels": torch.tensor([0, 2, 3]),
+        "boxes": torch.arange(12.0).view(3, 4),
+    }
+    labels = labels_of(picture)
+    evaluator.update([prediction], [labels])
+
+    found = evaluator.detections(int(labels["image_id"]))
+
+    assert found["scores"].tolist() == [0.75, 0.5]
+    assert found["labels"].tolist() == [2, 3]
+    assert found["boxes"].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(KeyError, match="no picture with image_id -1 was collected"):
+        evaluator.detections(-1)
+
+
 def test_results_have_the_own_ids_of_pictures_and_are_written_as_they_are(tmp_path):
     scenes = SceneMaker(num_pictures=3)
     evaluator = feed(CocoEvaluator(ID2LABEL, own_image_id="scan {}".format), scenes)

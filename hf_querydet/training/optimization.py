@@ -1,19 +1,12 @@
-"""What the training script and Trainer share: parameter groups, schedule, run directory."""
+"""Optimizer settings of a paper: parameter groups and schedule of the learning rate."""
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_querydet.file_writing import PARTIAL_SUFFIX, partial_file
 from hf_querydet.recipe_utils import Recipe
 
 
@@ -100,73 +93,3 @@ def learning_rate_schedule(
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return LambdaLR(optimizer, factor)
-
-
-@dataclass
-class TrainingProgress:
-    """How far a run has come; part of a checkpoint, so that resuming needs no arithmetic.
-
-    Attributes:
-        epoch: Epoch that is running, from 0.
-        batch: Batches of it that are done.
-        step: Optimizer steps done since the start.
-        best_map: Highest AP of an evaluation so far; -1 before the first.
-        history: Results of every epoch.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best_map: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the fields from :meth:`state_dict`."""
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-def write_directory(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Create or replace a directory as a whole: it is there complete, or as it was before.
-
-    Args:
-        directory: What to create.
-        write: Fills the directory that it is given, one beside the final place.
-    """
-    directory = Path(directory)
-    partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    finish_directory(partial, directory)
-
-
-def finish_directory(partial: Path, directory: Path) -> None:
-    """Put a completely written directory into its final place."""
-    previous = directory.with_name(directory.name + ".previous" + PARTIAL_SUFFIX)
-    shutil.rmtree(previous, ignore_errors=True)
-    if directory.exists():
-        directory.rename(previous)
-    partial.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory name of a checkpoint; names sort by step."""
-    return f"step_{step:08d}"
-
-
-def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
-    """Complete checkpoints below a directory, oldest first."""
-    found = Path(directory).glob("step_*")
-    return sorted(path for path in found if path.suffix != PARTIAL_SUFFIX)
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a json file; it is there complete or not at all."""
-    with partial_file(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")

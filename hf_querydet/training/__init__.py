@@ -1,0 +1,46 @@
+"""What training loops share: optimizer settings, averages, checkpoints, pushing to the Hub."""
+
+from hf_querydet.training.finite_loss import NonFiniteLossError, mean_loss_terms
+from hf_querydet.training.hub import HubError, HubRepository, prepare_repository
+from hf_querydet.training.optimization import learning_rate_schedule, parameter_groups
+from hf_querydet.training.options import (
+    NO_SPLIT,
+    fill_from_recipe,
+    parse_options,
+    shown_command,
+    shown_options,
+)
+from hf_querydet.training.progress import ThroughputMeter, TrainingProgress
+from hf_querydet.training.run_directory import (
+    checkpoint_name,
+    list_checkpoints,
+    open_run_directory,
+    save_checkpoint,
+    write_directory,
+    write_json,
+)
+from hf_querydet.training.weight_average import weight_average
+
+__all__ = [
+    "NO_SPLIT",
+    "HubError",
+    "HubRepository",
+    "NonFiniteLossError",
+    "ThroughputMeter",
+    "TrainingProgress",
+    "checkpoint_name",
+    "fill_from_recipe",
+    "learning_rate_schedule",
+    "list_checkpoints",
+    "mean_loss_terms",
+    "open_run_directory",
+    "parameter_groups",
+    "parse_options",
+    "prepare_repository",
+    "save_checkpoint",
+    "shown_command",
+    "shown_options",
+    "weight_average",
+    "write_directory",
+    "write_json",
+]

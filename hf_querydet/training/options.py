@@ -1,0 +1,192 @@
+"""Options of the training script, and what of them may be shown to others."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_querydet.recipe_utils import Recipe
+from hf_querydet.registration import VARIANTS
+
+NO_SPLIT = "none"
+
+
+def parse_options(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options of a training run, and check that they go together.
+
+    Args:
+        description: First lines of the help.
+        words: Not given: those of the command line.
+
+    Returns:
+        One attribute per option. Those that stand for a paper's value are None until
+        :func:`fill_from_recipe`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # so that a token is found whatever it was called
+    )
+    _add_model_options(parser.add_argument_group("model"))
+    _add_data_options(parser.add_argument_group("data"))
+    _add_optimization_options(parser.add_argument_group("optimisation (unset: the paper's value)"))
+    _add_run_options(parser.add_argument_group("run"))
+    _add_hub_options(parser.add_argument_group("hub"))
+    options = parser.parse_args(words)
+    try:
+        options.model_option = _model_options(options.model_option)
+        _check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add, flag = group.add_argument, argparse.BooleanOptionalAction
+    add("--model", required=True, help=f"{', '.join(VARIANTS)}; or a directory or Hub id")
+    add(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="config field of a new detector, e.g. backbone=resnet18 or decoder_layers=3",
+    )
+    add(
+        "--pretrained-backbone",
+        action=flag,
+        default=True,
+        help="start a new detector from the published weights of its backbone",
+    )
+    add("--shortest-edge", type=int, help="picture size; unset: the model's own")
+    add("--longest-edge", type=int, help="its limit for the longer side")
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    add, flag = group.add_argument, argparse.BooleanOptionalAction
+    add("--dataset", required=True, help="{split} in a path stands for the split")
+    add("--train-split", default="train", help="split to train on")
+    add("--eval-split", default="validation", help="'none' trains without evaluation")
+    add("--picture-dir", help="pictures of a COCO json, if not beside it")
+    add("--label-names", help="comma-separated names, where the dataset has only numbers")
+    add("--max-train-samples", type=_positive, help="train on so many pictures, drawn by --seed")
+    add("--max-eval-samples", type=_positive, help="evaluate on so many, drawn by --seed")
+    add("--streaming", action=flag, default=False, help="read a Hub dataset while training")
+    add("--skip-bad-images", action=flag, default=False, help="leave out what cannot be read")
+    add("--augment", action=flag, default=True, help="flip, scale and crop as in the papers")
+    add("--flip-probability", type=float, default=0.5, help="0 where left and right matter")
+    add("--multi-scale", action=flag, default=True, help="scales from 0.6 to 1, when augmenting")
+    add("--random-crop", action=flag, default=True, help="of half of the pictures, as above")
+    add("--num-workers", type=int, default=2, help="processes that prepare pictures")
+
+
+def _add_optimization_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epochs", type=_positive, help="passes over the data")
+    add("--max-train-steps", type=_positive, help="ends the run earlier; needed when streaming")
+    add("--batch-size", type=_positive, default=4, help="pictures per process and step")
+    add("--gradient-accumulation", type=_positive, default=1, help="batches per optimizer step")
+    add("--learning-rate", type=float, help="of most parameters")
+    add("--backbone-factor", type=float, help="on its learning rate; 1 if it starts random")
+    add("--weight-decay", type=float, help="on all parameters")
+    add("--max-grad-norm", type=float, help="gradients are clipped to it")
+    add("--schedule", choices=["step", "cosine"], help="of the learning rate")
+    add("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    add("--ema-decay", type=float, help="evaluate and save a moving average of the weights")
+    add("--early-stopping", type=_positive, metavar="EPOCHS", help="end after so many without gain")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the forward")
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    add, flag = group.add_argument, argparse.BooleanOptionalAction
+    add("--output-dir", type=Path, required=True, help="where everything is saved")
+    add("--resume", action=flag, default=False, help="continue from the newest checkpoint")
+    add("--checkpoint-steps", type=_positive, help="also save a checkpoint every so many steps")
+    add("--log-steps", type=_positive, default=20, help="steps between lines of the log")
+    add("--report-to", help="tracker of accelerate: tensorboard, wandb, ...")
+    add("--seed", type=int, default=42, help="of weights, order and augmentation")
+
+
+def _add_hub_options(group: argparse._ArgumentGroup) -> None:
+    add, flag = group.add_argument, argparse.BooleanOptionalAction
+    add("--push-to-hub", metavar="REPO_ID", help="where 'best' is uploaded after the run")
+    add("--push-every-epoch", action=flag, default=False, help="also after each better epoch")
+    add("--hub-private", action=flag, default=False, help="create that repository as a private one")
+    add("--hub-revision", help="branch to upload to")
+    add("--hub-token", help="unset: HF_TOKEN, or that of `hf auth login`, which are better places")
+    add("--license", help="licence of the model in its card, e.g. apache-2.0")
+    add("--card-pictures", type=int, default=3, help="evaluation pictures shown in the model card")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise for options that contradict each other."""
+    if options.streaming and options.max_train_steps is None:
+        raise ValueError("--streaming needs --max-train-steps: a stream has no length.")
+    if options.early_stopping and options.eval_split == NO_SPLIT:
+        raise ValueError("--early-stopping needs an --eval-split to tell what is better.")
+    if options.ema_decay is not None and not 0 < options.ema_decay < 1:
+        raise ValueError(f"--ema-decay must lie between 0 and 1, got {options.ema_decay}.")
+    hub_options = ("push_every_epoch", "hub_private", "hub_revision", "hub_token")
+    given = [name for name in hub_options if getattr(options, name)]
+    if given and options.push_to_hub is None:
+        raise ValueError(f"--{given[0].replace('_', '-')} needs --push-to-hub REPO_ID.")
+
+
+def _model_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Config fields from words NAME=VALUE; values are json or plain words."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--model-option needs NAME=VALUE, got {pair!r}.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value  # a plain word
+    return options
+
+
+def fill_from_recipe(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Put the paper's value in place of options that were not given."""
+    for name, value in (
+        ("epochs", recipe.num_epochs),
+        ("learning_rate", recipe.learning_rate),
+        ("weight_decay", recipe.weight_decay),
+        ("max_grad_norm", recipe.max_grad_norm),
+        ("schedule", recipe.schedule),
+    ):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def shown_options(options: argparse.Namespace) -> dict[str, int | float | str]:
+    """Options for a tracker: plain values, without the token."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if isinstance(value, (int, float, str)) and name != "hub_token"
+    }
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """Command line of a run as others may see it: without the token and the home directory.
+
+    Args:
+        words: ``sys.argv``.
+    """
+    shown, rest = [Path(words[0]).name], iter(words[1:])
+    for word in rest:
+        if word == "--hub-token":
+            next(rest, None)
+        elif not word.startswith("--hub-token="):
+            shown.append(word)
+    command = shlex.join(["accelerate", "launch", *shown])
+    return command.replace(f"{Path.home()}/", "~/")

@@ -1,0 +1,118 @@
+"""Files of a run: models and checkpoints that are there complete or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_querydet.file_writing import PARTIAL_SUFFIX, partial_file
+
+PREVIOUS_SUFFIX = ".previous" + PARTIAL_SUFFIX
+CHECKPOINTS = "checkpoints"
+NUM_CHECKPOINTS_KEPT = 2
+
+
+def write_directory(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Create or replace a directory as a whole: it is there complete, or as it was before.
+
+    Args:
+        directory: What to create.
+        write: Fills the directory that it is given, one beside the final place.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    _finish_directory(partial, directory)
+
+
+def _finish_directory(partial: Path, directory: Path) -> None:
+    """Put a completely written directory into its final place."""
+    previous = directory.with_name(directory.name + PREVIOUS_SUFFIX)
+    shutil.rmtree(previous, ignore_errors=True)
+    if directory.exists():
+        directory.rename(previous)
+    partial.rename(directory)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | None:
+    """Find out where a run starts, before anything is written.
+
+    A model whose replacement was interrupted between two renames is put back.
+
+    Args:
+        directory: Of the run, existing or not.
+        resume: Whether it continues what is there.
+
+    Returns:
+        The newest complete checkpoint; None to start from the beginning.
+
+    Raises:
+        FileExistsError: If there are checkpoints, which a new run would mix with its own.
+    """
+    directory = Path(directory)
+    checkpoints = list_checkpoints(directory / CHECKPOINTS)
+    if not resume:
+        if checkpoints:
+            raise FileExistsError(
+                f"--output-dir {directory} holds a run already; continue it with --resume, or "
+                "choose another directory."
+            )
+        return None
+    for previous in directory.glob("*" + PREVIOUS_SUFFIX):
+        model = directory / previous.name.removesuffix(PREVIOUS_SUFFIX)
+        with suppress(FileNotFoundError):  # another process of this run was faster
+            if not model.exists():
+                previous.rename(model)
+    return checkpoints[-1] if checkpoints else None
+
+
+def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step: int) -> None:
+    """Save all that resuming needs; the checkpoint gets its name when it is complete.
+
+    Every process must call this. The newest two checkpoints are kept: should the machine die while
+    the last one reaches the disk, there is the one before.
+
+    Args:
+        accelerator: Holds model, optimizer and what else is registered for checkpoints.
+        directory: Of the run.
+        step: Optimizer steps done, for the name.
+    """
+    directory = Path(directory) / CHECKPOINTS
+    finished = directory / checkpoint_name(step)
+    partial = finished.with_name(finished.name + PARTIAL_SUFFIX)
+    if accelerator.is_main_process:
+        for leftover in directory.glob("*" + PARTIAL_SUFFIX):  # of a run that was killed
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish_directory(partial, finished)
+        for old in list_checkpoints(directory)[:-NUM_CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of a checkpoint; names sort by step."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
+    """Complete checkpoints below a directory, oldest first."""
+    found = Path(directory).glob("step_*")
+    return sorted(path for path in found if path.suffix != PARTIAL_SUFFIX)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a json file; it is there complete or not at all."""
+    with partial_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""Options that contradict each other, and what others may see of them."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_querydet import VARIANTS
+from hf_querydet.training import (
+    fill_from_recipe,
+    parse_options,
+    shown_command,
+    shown_options,
+)
+
+NEEDED = ["--model", "detr", "--dataset", "pictures", "--output-dir", "out"]
+
+
+def parse(*words):
+    return parse_options("Train.", [*NEEDED, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--streaming"], "--streaming needs --max-train-steps"),
+        (["--early-stopping", "3", "--eval-split", "none"], "--early-stopping needs an --eval"),
+        (["--ema-decay", "1.0"], "--ema-decay must lie between 0 and 1, got 1.0"),
+        (["--push-every-epoch"], "--push-every-epoch needs --push-to-hub REPO_ID"),
+        (["--hub-token", "hf_secret"], "--hub-token needs --push-to-hub REPO_ID"),
+        (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["--model-option", "d_model"], "--model-option needs NAME=VALUE, got 'd_model'"),
+        # An abbreviation would bring the token past those who leave it out.
+        (["--push-to-hub", "me/it", "--hub-tok", "hf_secret"], "unrecognized arguments: --hub-tok"),
+    ],
+)
+def test_options_that_do_not_go_together(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*words)
+    assert message in capsys.readouterr().err
+
+
+def test_model_options_are_json_or_words():
+    words = ["d_model=64", "backbone=resnet18", "with_box_refine=true", 'a={"b": [1]}']
+    options = parse(*(each for word in words for each in ("--model-option", word)))
+    assert options.model_option == {
+        "d_model": 64,
+        "backbone": "resnet18",
+        "with_box_refine": True,
+        "a": {"b": [1]},
+    }
+
+
+def test_options_that_were_not_given_are_the_papers():
+    options = parse("--learning-rate", "0.5")
+    recipe = VARIANTS["detr"].recipe
+    fill_from_recipe(options, recipe)
+    assert options.learning_rate == 0.5
+    assert (options.epochs, options.max_grad_norm) == (recipe.num_epochs, recipe.max_grad_norm)
+    assert (options.schedule, options.weight_decay) == (recipe.schedule, recipe.weight_decay)
+
+
+@pytest.mark.parametrize("token", [["--hub-token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_token_is_shown_to_nobody(token):
+    words = ["--push-to-hub", "me/it", *token, "--epochs", "3"]
+    command = shown_command(["examples/train_detector.py", *NEEDED, *words])
+    assert command == (
+        "accelerate launch train_detector.py --model detr --dataset pictures --output-dir out "
+        "--push-to-hub me/it --epochs 3"
+    )
+    shown = shown_options(parse(*words))
+    assert shown["epochs"] == 3
+    assert "hf_secret" not in str(shown)
+
+
+def test_home_directory_is_shown_to_nobody():
+    pictures = str(Path.home() / "my pictures")
+    command = shown_command(["train_detector.py", "--dataset", pictures])
+    assert command == "accelerate launch train_detector.py --dataset '~/my pictures'"

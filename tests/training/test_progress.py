@@ -1,0 +1,71 @@
+"""What a run remembers of itself, and how its speed is measured."""
+
+import pytest
+
+from hf_querydet.training import ThroughputMeter, TrainingProgress
+
+
+def test_highest_ap_is_the_best_and_its_age_is_counted():
+    progress = TrainingProgress(pictures_per_batch=8, batches_per_epoch=3)
+    progress.batch, progress.loss_sum = 3, 7.5
+
+    assert [progress.finish_epoch({"map": value}) for value in (0.1, 0.3, 0.2, 0.3)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+    assert progress.best_map == 0.3
+    assert progress.epochs_since_best == 2
+    assert (progress.epoch, progress.batch, progress.loss_sum) == (4, 0, 0.0)
+    assert [row["map"] for row in progress.history] == [0.1, 0.3, 0.2, 0.3]
+
+
+def test_without_evaluation_the_newest_is_the_best():
+    progress = TrainingProgress(8, 3)
+    assert [progress.finish_epoch({}) for _ in range(2)] == [True, True]
+
+
+def test_first_epoch_is_the_best_although_its_ap_is_undefined():
+    progress = TrainingProgress(8, 3)
+    assert [progress.finish_epoch({"map": -1.0}) for _ in range(2)] == [True, False]
+
+
+def test_progress_comes_back_from_its_state():
+    saved = TrainingProgress(8, 3, epoch=2, batch=1, loss_sum=3.5, step=7, best_map=0.25)
+    loaded = TrainingProgress(8, 3)
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded == saved
+
+
+@pytest.mark.parametrize("changes", [{"pictures_per_batch": 4}, {"batches_per_epoch": 6}])
+def test_other_batches_cannot_continue_in_the_middle_of_an_epoch(changes):
+    now = TrainingProgress(**{"pictures_per_batch": 8, "batches_per_epoch": 3, **changes})
+    in_the_middle = TrainingProgress(8, 3, epoch=2, batch=1)
+    with pytest.raises(ValueError, match=r"after 1 batches of an epoch with .*'batches_per_epoch'"):
+        now.load_state_dict(in_the_middle.state_dict())
+
+    now.load_state_dict(TrainingProgress(8, 3, epoch=2).state_dict())
+    assert now == TrainingProgress(**now.state_dict() | {"epoch": 2} | changes)
+
+
+def test_throughput_counts_pictures_and_waiting(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def batches():
+        for seconds in (3.0, 1.0):
+            clock[0] += seconds
+            yield [0] * 6
+
+    meter = ThroughputMeter()
+    for batch in meter.watch(batches()):
+        clock[0] += 2.0  # training
+        meter.add(len(batch))
+
+    # 12 pictures in 3 + 2 + 1 + 2 seconds, 4 of them waited.
+    assert meter.read() == (1.5, 0.5)
+    clock[0] += 4.0
+    meter.add(2)
+    assert meter.read() == (0.5, 0.0)

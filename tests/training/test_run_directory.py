@@ -1,0 +1,79 @@
+"""Directories of a run, whatever moment it was killed at."""
+
+import pytest
+
+from hf_querydet.training import (
+    checkpoint_name,
+    list_checkpoints,
+    open_run_directory,
+    write_directory,
+    write_json,
+)
+
+
+def write_value(value):
+    return lambda directory: (directory / "value").write_text(value)
+
+
+def test_directory_is_replaced_as_a_whole(tmp_path):
+    write_directory(tmp_path / "best", lambda directory: (directory / "old").touch())
+    write_directory(tmp_path / "best", write_value("new"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["best", "value"]
+
+
+def test_failed_writing_leaves_the_directory_as_it_was(tmp_path):
+    write_directory(tmp_path / "best", write_value("old"))
+
+    def fail(directory):
+        (directory / "value").write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_directory(tmp_path / "best", fail)
+    assert (tmp_path / "best" / "value").read_text() == "old"
+    write_directory(tmp_path / "best", write_value("new"))
+    assert (tmp_path / "best" / "value").read_text() == "new"
+
+
+def test_model_set_aside_by_an_interrupted_replacement_is_put_back(tmp_path, monkeypatch):
+    write_directory(tmp_path / "best", write_value("old"))
+    rename = type(tmp_path).rename
+
+    def die_at_the_second(path, target):
+        if path.name == "best.partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(tmp_path / "best", write_value("new"))
+    monkeypatch.undo()
+    assert not (tmp_path / "best").exists()
+
+    open_run_directory(tmp_path, resume=True)
+
+    assert (tmp_path / "best" / "value").read_text() == "old"
+
+
+def test_newest_complete_checkpoint_is_taken(tmp_path):
+    for step in (900, 1000):
+        (tmp_path / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / f"{checkpoint_name(1100)}.partial").mkdir()
+
+    assert open_run_directory(tmp_path, resume=True).name == "step_00001000"
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
+
+
+def test_run_is_not_mixed_with_another(tmp_path):
+    assert open_run_directory(tmp_path, resume=True) is None
+    assert open_run_directory(tmp_path / "new", resume=False) is None
+    (tmp_path / "checkpoints" / checkpoint_name(1)).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds a run already; continue it with --resume"):
+        open_run_directory(tmp_path, resume=False)
+
+
+def test_json_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    write_json(tmp_path / "a.json", {"value": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"value": object()})
+    assert (tmp_path / "a.json").read_text() == '{\n  "value": 1\n}\n'
