@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, pipeline, set_seed
 
@@ -20,6 +20,7 @@ from hf_querydet.models.efficient_detr import (
     EfficientDETRForObjectDetection,
     EfficientDETRImageProcessor,
 )
+from hf_querydet.visualization import draw_detections
 
 SHAPES = ("circle", "square", "triangle", "star")
 SCENE_SIZE = 160
@@ -63,7 +64,6 @@ PICTURE_NAME = "detections.png"
 DRAWN_ABOVE = 0.3
 NUM_DRAWN = 8
 ENLARGEMENT = 2
-COLORS = {"circle": "#ffd54f", "square": "#4fc3f7", "triangle": "#aed581", "star": "#f48fb1"}
 
 
 class ShapeScenes(torch.utils.data.Dataset):
@@ -194,44 +194,27 @@ def run_demo(
 
     detect = pipeline("object-detection", model=str(output_dir))
     pictures = [held_out[index]["image"] for index in range(min(NUM_DRAWN, num_held_out))]
-    draw_detections(
-        pictures, [detect(picture, threshold=DRAWN_ABOVE) for picture in pictures]
-    ).save(output_dir / PICTURE_NAME)
+    drawn = [
+        draw_detections(
+            picture,
+            detect(picture, threshold=DRAWN_ABOVE),
+            id2label=model.config.id2label,
+            scale=ENLARGEMENT,
+        )
+        for picture in pictures
+    ]
+    _side_by_side(drawn).save(output_dir / PICTURE_NAME)
     return {key.removeprefix("eval_"): value for key, value in metrics.items()}
 
 
-def draw_detections(
-    pictures: list[Image.Image], detections: list[list[dict[str, Any]]]
-) -> Image.Image:
-    """Pictures of one size side by side, each with the boxes that a pipeline found in it.
-
-    Args:
-        pictures: What was looked at.
-        detections: What ``pipeline("object-detection")`` returned for each.
-    """
-    width, height = (ENLARGEMENT * length for length in pictures[0].size)
+def _side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size on one sheet, four in a row."""
+    width, height = pictures[0].size
     num_columns = min(len(pictures), 4)
     sheet = Image.new("RGB", (num_columns * width, math.ceil(len(pictures) / num_columns) * height))
-    for number, (picture, found) in enumerate(zip(pictures, detections, strict=True)):
-        enlarged = picture.resize((width, height))
-        # The surest on top.
-        for each in sorted(found, key=lambda detection: detection["score"]):
-            _draw_box(ImageDraw.Draw(enlarged), each)
-        sheet.paste(enlarged, (number % num_columns * width, number // num_columns * height))
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % num_columns * width, number // num_columns * height))
     return sheet
-
-
-def _draw_box(draw: ImageDraw.ImageDraw, detection: dict[str, Any]) -> None:
-    box = detection["box"]
-    corners = [ENLARGEMENT * box[side] for side in ("xmin", "ymin", "xmax", "ymax")]
-    color = COLORS[detection["label"]]
-    draw.rectangle(corners, outline=color, width=3)
-    font = ImageFont.load_default(size=15)
-    text = f"{detection['label']} {detection['score']:.2f}"
-    place = corners[0] + 4, corners[1] + 2
-    left, top, right, bottom = draw.textbbox(place, text, font=font)
-    draw.rectangle((left - 4, top - 2, right + 4, bottom + 3), fill=color)
-    draw.text(place, text, fill="black", font=font)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:

@@ -12,7 +12,6 @@ from hf_querydet.demo import (
     SHAPES,
     ShapeScenes,
     _shape_mask,
-    draw_detections,
     run_demo,
 )
 
@@ -87,12 +86,3 @@ def test_demo_leaves_a_model_that_a_pipeline_loads_and_a_picture(tmp_path):
     with Image.open(tmp_path / "detections.png") as drawn:
         size = drawn.size
     assert size == (3 * SCENE_SIZE * ENLARGEMENT, SCENE_SIZE * ENLARGEMENT)
-
-
-def test_box_is_drawn_where_the_detection_is():
-    picture = Image.new("RGB", (40, 30), "white")
-    box = {"xmin": 10, "ymin": 12, "xmax": 30, "ymax": 26}
-    drawn = draw_detections([picture], [[{"label": "star", "score": 0.5, "box": box}]])
-    changed = (np.asarray(drawn) != 255).any(-1)
-    assert changed[26 * ENLARGEMENT, 12 * ENLARGEMENT : 28 * ENLARGEMENT].all()
-    assert not changed[: 12 * ENLARGEMENT - 4, 31 * ENLARGEMENT :].any()

@@ -44,10 +44,12 @@ MAY_IMPORT = {
     "evaluation": {"image_processing_utils", "ops"},
     "registration": {"models", *UTILS},
     "training": ABOVE_VARIANTS,
+    "visualization": {*ABOVE_VARIANTS, "image_reading", "coco_annotations", "recording"},
     "model_info": {"registration", "configuration_utils"},
     "cli": EVERYTHING,
     "demo": EVERYTHING,
     "__init__": EVERYTHING,
+    "__main__": EVERYTHING,
 }
 
 

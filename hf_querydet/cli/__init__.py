@@ -1,0 +1,32 @@
+"""The command `hf-querydet`: one file per subcommand.
+
+What a subcommand needs is imported inside its function, or every other one would wait for it.
+"""
+
+import typer
+
+from hf_querydet.cli import demo, info, kernels
+from hf_querydet.cli.errors import without_traceback
+
+# In the order of the help; a command is called like its function.
+COMMANDS = (
+    demo.demo,
+    info.info,
+    kernels.kernels,
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def hf_querydet() -> None:
+    """Query-based object detectors for the Hugging Face ecosystem."""
+
+
+for command in COMMANDS:
+    app.command()(without_traceback(command))
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()
