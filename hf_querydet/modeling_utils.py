@@ -12,11 +12,13 @@ from transformers.utils import can_return_tuple
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.canvas import canvas_shares
 from hf_querydet.layers.feed_forward import FeedForward
 from hf_querydet.layers.position_embedding import LearnedPositionEmbedding
 from hf_querydet.losses import SetCriterion
 from hf_querydet.losses.criterion import Classification
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import DecoderRecording
 
 
 class DetectorPreTrainedModel(PreTrainedModel):
@@ -195,6 +197,7 @@ class ObjectDetectionMixin:
         labels: list[dict[str, Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> DetectionOutput:
         """Detect objects.
@@ -207,6 +210,8 @@ class ObjectDetectionMixin:
                 has a loss.
             output_attentions: See ``forward`` of the variant's model.
             output_hidden_states: As above.
+            output_recording: Also return what every decoder layer starts from, looks at and
+                predicts, see :mod:`hf_querydet.recording`. Other outputs stay the same.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
 
         Returns:
@@ -222,8 +227,13 @@ class ObjectDetectionMixin:
             pixel_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_recording=output_recording,
             return_dict=True,
         )
+        fields, recording = dict(outputs), None
+        if output_recording:
+            recording = self._recording(outputs, canvas_shares(pixel_values, pixel_mask))
+            del fields["layer_records"]
         # The layers before the last have predictions only where a loss asks for them.
         with_auxiliary = labels is not None and self.config.auxiliary_loss
         num_layers = len(outputs.intermediate_hidden_states)
@@ -250,7 +260,19 @@ class ObjectDetectionMixin:
             logits=predictions.logits[-1],
             pred_boxes=predictions.pred_boxes[-1],
             auxiliary_outputs=auxiliary_outputs,
-            **outputs,
+            recording=recording,
+            **fields,
+        )
+
+    @torch.no_grad()
+    def _recording(self, outputs: DetectorModelOutput, shares: Tensor) -> DecoderRecording:
+        predictions = self.predict(outputs, first_layer=0)
+        return DecoderRecording(
+            layers=outputs.layer_records,
+            logits=predictions.logits,
+            pred_boxes=predictions.pred_boxes.detach(),
+            is_usable=predictions.is_usable,
+            canvas_shares=shares,
         )
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from hf_querydet.recording import DecoderRecording, LayerRecord
+
 
 @dataclass
 class DetectorModelOutput(ModelOutput):
@@ -25,6 +27,8 @@ class DetectorModelOutput(ModelOutput):
         encoder_hidden_states: Inputs of all encoder layers and the output of the last, if asked
             for.
         encoder_attentions: Encoder self-attention per layer, if asked for.
+        layer_records: What each decoder layer starts from and looks at, if a recording is asked
+            for.
     """
 
     last_hidden_state: Tensor | None = None
@@ -35,6 +39,7 @@ class DetectorModelOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+    layer_records: tuple[LayerRecord, ...] | None = None
 
 
 @dataclass
@@ -77,6 +82,7 @@ class DetectionOutput(ModelOutput):
         cross_attentions: As above.
         encoder_hidden_states: As above.
         encoder_attentions: As above.
+        recording: The pass through the decoder, for pictures of why a query fired; if asked for.
     """
 
     loss: Tensor | None = None
@@ -92,6 +98,7 @@ class DetectionOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+    recording: DecoderRecording | None = None
 
     def __post_init__(self) -> None:
         """Keep what a pipeline can cut into pictures.

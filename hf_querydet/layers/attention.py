@@ -132,14 +132,13 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (batch, num_queries, hidden_size), and the weights of :func:`attend`.
         """
-        output, weights = attend(
-            self,
-            self._split_heads(self.q_proj(query)),
-            self._split_heads(self.k_proj(key)),
-            self._split_heads(self.v_proj(value)),
-            attention_mask,
-        )
+        value = self._split_heads(self.v_proj(value))
+        output, weights = attend(self, *self.project(query, key), value, attention_mask)
         return self.out_proj(output), weights
+
+    def project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys whose products are the scores, (batch, tokens, heads, head_size)."""
+        return self._split_heads(self.q_proj(query)), self._split_heads(self.k_proj(key))
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.num_heads, -1))

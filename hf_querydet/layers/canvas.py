@@ -41,3 +41,13 @@ def picture_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     sizes = torch.stack([is_picture.any(dim).sum(-1) for dim in (1, 2)], dim=-1)
     # A mask without any picture must not make boxes of no size, which are divided by.
     return sizes.clamp(min=1).float()
+
+
+def canvas_shares(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Size of each picture as shares of the canvas, (batch, 2), width and height, in (0, 1].
+
+    See :func:`picture_sizes` for the arguments.
+    """
+    height, width = pixel_values.shape[-2:]
+    sizes = picture_sizes(pixel_values, pixel_mask)
+    return sizes / sizes.new_tensor([width, height])

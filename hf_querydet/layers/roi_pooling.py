@@ -34,6 +34,23 @@ def assign_levels(boxes_xyxy: Tensor, *, finest_level: int, coarsest_level: int)
     return levels.clamp(finest_level, coarsest_level).nan_to_num(NO_LEVEL).to(torch.int64)
 
 
+def level_strides(boxes_xyxy: Tensor, *, finest_level: int, num_levels: int) -> Tensor:
+    """Stride of the pyramid level that :func:`pool_regions` reads each box from.
+
+    Args:
+        boxes_xyxy: (..., 4), pixels of the canvas.
+        finest_level: Level of the first map.
+        num_levels: Number of maps.
+
+    Returns:
+        (...), int64, pixels; 0 for boxes without a level, see :func:`assign_levels`.
+    """
+    levels = assign_levels(
+        boxes_xyxy, finest_level=finest_level, coarsest_level=finest_level + num_levels - 1
+    )
+    return (2 ** levels.clamp(min=0)).masked_fill(levels == NO_LEVEL, 0)
+
+
 def pool_regions(
     levels: Sequence[Tensor],
     boxes_xyxy: Tensor,

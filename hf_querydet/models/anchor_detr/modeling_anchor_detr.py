@@ -39,6 +39,12 @@ from hf_querydet.models.anchor_detr.configuration_anchor_detr import NUM_GROUPS,
 from hf_querydet.models.anchor_detr.row_column_attention import RowColumnAttention
 from hf_querydet.ops.boxes import place_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import (
+    DotProductRecord,
+    EvidenceRecord,
+    LayerRecord,
+    RowColumnRecord,
+)
 
 INITIAL_SIZE_BIAS = -2.0
 
@@ -199,6 +205,17 @@ class RowColumnCrossAttention(nn.Module):
             update = self.level_merge(update)
         return update, row_weights, column_weights
 
+    @torch.no_grad()
+    def record(
+        self, map_shape: tuple[int, int, int], *queries_and_picture: Tensor | None
+    ) -> RowColumnRecord:
+        """Where the queries look; takes what :meth:`forward` takes, after the shape of the map."""
+        _, row_weights, column_weights = self(*queries_and_picture)
+        return RowColumnRecord(
+            row_weights.unflatten(0, (-1, map_shape[0])),
+            column_weights.unflatten(0, (-1, map_shape[0])),
+        )
+
 
 class FullCrossAttention(nn.Module):
     """Attention from queries to every cell with a weight of its own, as in DETR."""
@@ -224,6 +241,22 @@ class FullCrossAttention(nn.Module):
         return self.attention(
             object_queries + query_position_embeddings, memory_with_positions, memory, memory_mask
         )
+
+    @torch.no_grad()
+    def record(
+        self,
+        map_shape: tuple[int, int, int],
+        object_queries: Tensor,
+        query_position_embeddings: Tensor,
+        memory_with_positions: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+    ) -> DotProductRecord:
+        """Where the queries look; takes what :meth:`forward` takes, after the shape of the map."""
+        query, key = self.attention.project(
+            object_queries + query_position_embeddings, memory_with_positions
+        )
+        return DotProductRecord(query, key, memory_mask, map_shape, parts={})
 
 
 class AnchorDETRDecoderLayer(GradientCheckpointingLayer):
@@ -258,7 +291,8 @@ class AnchorDETRDecoderLayer(GradientCheckpointingLayer):
         object_queries: Tensor,
         query_position_embeddings: Tensor,
         *picture: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+        record_shape: tuple[int, int, int] | None = None,
+    ) -> tuple[Tensor | EvidenceRecord | None, ...]:
         """Update the queries.
 
         Args:
@@ -266,10 +300,12 @@ class AnchorDETRDecoderLayer(GradientCheckpointingLayer):
             query_position_embeddings: Of the anchor points, for self-attention; broadcastable to
                 the same shape.
             picture: What the cross-attention takes beside the queries.
+            record_shape: Levels, height and width of the map, if a record is wanted.
 
         Returns:
-            Queries of the same shape; the weights of self-attention if the attention implementation
-            returns them; the weights that the cross-attention returns.
+            Queries of the same shape; the record of where they look; the weights of self-attention
+            if the attention implementation returns them; the weights that the cross-attention
+            returns.
         """
         # Self-attention
         query_and_key = object_queries + query_position_embeddings
@@ -277,9 +313,12 @@ class AnchorDETRDecoderLayer(GradientCheckpointingLayer):
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Attention to the picture
         update, *cross_weights = self.cross_attention(object_queries, *picture)
+        record = None
+        if record_shape is not None:
+            record = self.cross_attention.record(record_shape, object_queries, *picture)
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
-        return self.feed_forward(object_queries), self_weights, *cross_weights
+        return self.feed_forward(object_queries), record, self_weights, *cross_weights
 
 
 class AnchorDETRFeatureProjection(nn.Module):
@@ -440,6 +479,7 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> AnchorDETRModelOutput:
         """Turn pictures into object queries.
@@ -450,6 +490,8 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
             output_attentions: Return attention weights; those among queries, and those of full
                 attention, need ``attn_implementation="eager"``.
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
 
         Raises:
@@ -496,10 +538,15 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
             positions, memory_mask = cell_inputs
             picture = (query_positions, memory + positions, memory, memory_mask)
         decoder_states, decoder_attentions, cross_weights = [object_queries], [], []
+        layer_records = []
+        record_shape = (num_levels, height, width) if output_recording else None
         for layer in self.decoder_layers:
-            object_queries, self_weights, *weights = layer(
-                object_queries, query_positions, *picture
+            object_queries, evidence, self_weights, *weights = layer(
+                object_queries, query_positions, *picture, record_shape=record_shape
             )
+            if output_recording:
+                anchors = points.detach().expand(batch_size, -1, -1)
+                layer_records.append(LayerRecord(evidence, reference_points=anchors))
             decoder_states.append(object_queries)
             if output_attentions:
                 decoder_attentions.append(self_weights)
@@ -522,6 +569,7 @@ class AnchorDETRModel(AnchorDETRPreTrainedModel):
             if output_hidden_states
             else None,
             anchor_points=points.expand(batch_size, -1, -1),
+            layer_records=tuple(layer_records) if output_recording else None,
             **attentions,
         )
 

@@ -118,20 +118,37 @@ class ConditionalCrossAttention(nn.Module):
         Returns:
             (batch, num_queries, hidden_size), and the weights of :func:`attend`.
         """
+        query, key = self.project(
+            object_queries, query_position_embeddings, spatial_queries, memory, memory_positions
+        )
+        value = self.v_proj(memory).unflatten(-1, (self.num_heads, -1))
+        output, weights = attend(self, query, key, value, attention_mask)
+        return self.out_proj(output), weights
+
+    def project(
+        self,
+        object_queries: Tensor,
+        query_position_embeddings: Tensor,
+        spatial_queries: Tensor,
+        memory: Tensor,
+        memory_positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys whose products are the scores; see :meth:`forward` for the arguments.
+
+        Returns:
+            (batch, num_queries, heads, 2 * head_size) and (batch, num_tokens, heads, 2 *
+            head_size), in each head first the content part, then the spatial part.
+        """
         query_content = self.q_content_proj(object_queries)
         key_content = self.k_content_proj(memory)
         key_spatial = self.k_position_proj(memory_positions).expand_as(key_content)
         if self.q_position_proj is not None:
             query_content = query_content + self.q_position_proj(query_position_embeddings)
             key_content = key_content + key_spatial
-        output, weights = attend(
-            self,
+        return (
             self._side_by_side(query_content, self.q_spatial_proj(spatial_queries)),
             self._side_by_side(key_content, key_spatial),
-            self.v_proj(memory).unflatten(-1, (self.num_heads, -1)),
-            attention_mask,
         )
-        return self.out_proj(output), weights
 
     def _side_by_side(self, content: Tensor, spatial: Tensor) -> Tensor:
         """(batch, tokens, hidden_size) twice to (batch, tokens, heads, 2 * head_size)."""

@@ -46,6 +46,7 @@ from hf_querydet.models.conditional_detr.configuration_conditional_detr import (
 )
 from hf_querydet.ops.boxes import place_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import DotProductRecord, LayerRecord
 
 
 @dataclass
@@ -109,7 +110,8 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
         memory: Tensor,
         memory_positions: Tensor,
         memory_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        output_projections: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
         """Update the queries.
 
         Args:
@@ -119,26 +121,32 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
             memory: (batch, num_tokens, d_model).
             memory_positions: Same shape, or with a batch of 1.
             memory_mask: (batch, 1, 1, num_tokens), True = attend.
+            output_projections: Return the fourth result.
 
         Returns:
             Queries of the same shape; the weights of self-attention and of cross-attention if the
-            attention implementation returns them.
+            attention implementation returns them; projected queries and keys of cross-attention if
+            asked for.
         """
         # Self-attention
         update, self_weights = self.self_attention(object_queries, query_position_embeddings)
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Attention to the picture
-        update, cross_weights = self.cross_attention(
+        parts = (
             object_queries,
             query_position_embeddings,
             spatial_queries,
             memory,
             memory_positions,
-            memory_mask,
         )
+        update, cross_weights = self.cross_attention(*parts, memory_mask)
+        projections = None
+        if output_projections:
+            with torch.no_grad():
+                projections = self.cross_attention.project(*parts)
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
-        return self.feed_forward(object_queries), self_weights, cross_weights
+        return self.feed_forward(object_queries), self_weights, cross_weights, projections
 
 
 class ConditionalDETRPreTrainedModel(DetectorPreTrainedModel):
@@ -230,6 +238,7 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> ConditionalDETRModelOutput:
         """Turn pictures into object queries.
@@ -239,6 +248,8 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
             pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
             output_attentions: Return attention weights (with ``attn_implementation="eager"``).
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
         """
         if output_attentions is None:
@@ -274,15 +285,33 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
 
         # Decoder
         decoder_states, normed_states = [object_queries], []
-        decoder_attentions, cross_attentions = [], []
+        decoder_attentions, cross_attentions, layer_records = [], [], []
         for index, layer in enumerate(self.decoder_layers):
             # The condition. The first layer's queries have found nothing yet that could scale it.
             spatial_queries = point_embeddings
             if index > 0:
                 spatial_queries = self.query_scale(object_queries) * point_embeddings
-            object_queries, self_weights, cross_weights = layer(
-                object_queries, query_positions, spatial_queries, memory, positions, memory_mask
+            object_queries, self_weights, cross_weights, projections = layer(
+                object_queries,
+                query_positions,
+                spatial_queries,
+                memory,
+                positions,
+                memory_mask,
+                output_recording,
             )
+            if output_recording:
+                layer_records.append(
+                    LayerRecord(
+                        DotProductRecord(
+                            *projections,
+                            memory_mask,
+                            map_shape=(1, *features.shape[-2:]),
+                            parts=self._score_parts(),
+                        ),
+                        reference_points=reference_points.detach(),
+                    )
+                )
             decoder_states.append(object_queries)
             # The norm makes a copy for the heads. Neither the next layer nor its scale reads it, or
             # asking for auxiliary outputs would change the last one.
@@ -300,7 +329,13 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
             encoder_hidden_states=tuple(encoder_states) if output_hidden_states else None,
             encoder_attentions=tuple(encoder_attentions) if output_attentions else None,
             reference_points=reference_points,
+            layer_records=tuple(layer_records) if output_recording else None,
         )
+
+    def _score_parts(self) -> dict[str, slice]:
+        """Channels of a head's queries and keys whose products are a part of the score."""
+        head_size = self.config.d_model // self.config.decoder_attention_heads
+        return {"content": slice(0, head_size), "spatial": slice(head_size, None)}
 
     def _reference_points(self, query_positions: Tensor) -> Tensor:
         """(batch, num_queries, 2), at least float32: half types are too coarse for positions."""

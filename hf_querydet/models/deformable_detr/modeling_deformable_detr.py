@@ -55,6 +55,7 @@ from hf_querydet.models.deformable_detr.checkpoint_mapping import (
 from hf_querydet.models.deformable_detr.configuration_deformable_detr import DeformableDETRConfig
 from hf_querydet.ops.boxes import place_boxes, refine_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import LayerRecord, SamplingRecord
 
 CELL_CENTER = -0.5
 INITIAL_SIZE_BIAS = -2.0
@@ -252,6 +253,7 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> DeformableDETRModelOutput:
         """Turn pictures into object queries and boxes.
@@ -262,6 +264,8 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             output_attentions: Return attention weights and sampling locations; those of
                 self-attention need ``attn_implementation="eager"``.
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
 
         Raises:
@@ -309,7 +313,7 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
 
         # Decoder
         decoder_states, layer_boxes = [object_queries], []
-        decoder_attentions, cross_attentions, cross_locations = [], [], []
+        decoder_attentions, cross_attentions, cross_locations, layer_records = [], [], [], []
         for index, layer in enumerate(self.decoder_layers):
             # From the picture to each level's padded map; sizes as well as centres.
             level_points, level_boxes = None, None
@@ -326,6 +330,14 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
                 level_boxes,
                 padding_mask,
             )
+            if output_recording:
+                layer_records.append(
+                    LayerRecord(
+                        SamplingRecord(locations.detach(), cross_weights.detach()),
+                        reference_points=points.detach() if boxes is None else None,
+                        reference_boxes=boxes,
+                    )
+                )
             deltas = self.head_of_layer(index).box_deltas(object_queries)
             if boxes is None:
                 predicted = place_boxes(deltas, points)
@@ -354,6 +366,7 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             cross_sampling_locations=samples_by_head(cross_locations)
             if output_attentions
             else None,
+            layer_records=tuple(layer_records) if output_recording else None,
         )
 
     def _learned_queries(self, memory: Tensor) -> tuple[Tensor, Tensor]:

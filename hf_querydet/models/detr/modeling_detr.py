@@ -23,6 +23,7 @@ from hf_querydet.modeling_utils import (
 )
 from hf_querydet.models.detr.configuration_detr import DETRConfig
 from hf_querydet.outputs import DetectorModelOutput, SetPredictions
+from hf_querydet.recording import DotProductRecord, LayerRecord
 
 
 class DETRDecoderLayer(GradientCheckpointingLayer):
@@ -60,7 +61,8 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
         memory: Tensor,
         memory_with_positions: Tensor,
         memory_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        output_projections: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
         """Update the queries.
 
         Args:
@@ -69,22 +71,29 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
             memory: (batch, num_tokens, d_model), the values.
             memory_with_positions: Same shape, the keys.
             memory_mask: (batch, 1, 1, num_tokens), True = attend.
+            output_projections: Return the fourth result.
 
         Returns:
             Queries of the same shape; the weights of self-attention and of cross-attention if the
-            attention implementation returns them.
+            attention implementation returns them; projected queries and keys of cross-attention if
+            asked for.
         """
         # Self-attention
         query_and_key = object_queries + query_position_embeddings
         update, self_weights = self.self_attention(query_and_key, query_and_key, object_queries)
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Attention to the picture
+        query = object_queries + query_position_embeddings
         update, cross_weights = self.cross_attention(
-            object_queries + query_position_embeddings, memory_with_positions, memory, memory_mask
+            query, memory_with_positions, memory, memory_mask
         )
+        projections = None
+        if output_projections:
+            with torch.no_grad():
+                projections = self.cross_attention.project(query, memory_with_positions)
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
-        return self.feed_forward(object_queries), self_weights, cross_weights
+        return self.feed_forward(object_queries), self_weights, cross_weights, projections
 
 
 class DETRPreTrainedModel(DetectorPreTrainedModel):
@@ -138,6 +147,7 @@ class DETRModel(DETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> DetectorModelOutput:
         """Turn pictures into object queries.
@@ -147,6 +157,8 @@ class DETRModel(DETRPreTrainedModel):
             pixel_mask: (batch, height, width), 1 = picture, 0 = padding; None if nothing is padded.
             output_attentions: Return attention weights (with ``attn_implementation="eager"``).
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
         """
         if output_attentions is None:
@@ -178,11 +190,20 @@ class DETRModel(DETRPreTrainedModel):
         object_queries = torch.zeros_like(query_positions)
         memory_with_positions = memory + positions
         decoder_states, normed_states = [object_queries], []
-        decoder_attentions, cross_attentions = [], []
+        decoder_attentions, cross_attentions, layer_records = [], [], []
         for layer in self.decoder_layers:
-            object_queries, self_weights, cross_weights = layer(
-                object_queries, query_positions, memory, memory_with_positions, memory_mask
+            object_queries, self_weights, cross_weights, projections = layer(
+                object_queries,
+                query_positions,
+                memory,
+                memory_with_positions,
+                memory_mask,
+                output_recording,
             )
+            if output_recording:
+                map_shape = (1, *features.shape[-2:])
+                evidence = DotProductRecord(*projections, memory_mask, map_shape, parts={})
+                layer_records.append(LayerRecord(evidence))
             decoder_states.append(object_queries)
             # The norm makes a copy for the heads. What enters the next layer is not normed by it,
             # or asking for auxiliary outputs would change the last one.
@@ -199,6 +220,7 @@ class DETRModel(DETRPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
             encoder_hidden_states=tuple(encoder_states) if output_hidden_states else None,
             encoder_attentions=tuple(encoder_attentions) if output_attentions else None,
+            layer_records=tuple(layer_records) if output_recording else None,
         )
 
 

@@ -28,7 +28,7 @@ from hf_querydet.layers.feature_levels import flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
-from hf_querydet.layers.roi_pooling import pool_regions
+from hf_querydet.layers.roi_pooling import level_strides, pool_regions
 from hf_querydet.losses import FocalClassification, SoftmaxClassification
 from hf_querydet.modeling_utils import (
     DetectorPreTrainedModel,
@@ -49,6 +49,7 @@ from hf_querydet.models.dynamic_detr.dynamic_encoder import (
 )
 from hf_querydet.ops.boxes import apply_box_deltas, boxes_cxcywh_to_xyxy, boxes_xyxy_to_cxcywh
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import LayerRecord, RegionRecord
 
 NUM_BOX_LAYERS = 3
 WHOLE_PICTURE = (0.5, 0.5, 1.0, 1.0)
@@ -262,6 +263,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> DynamicDETRModelOutput:
         """Turn pictures into object queries and boxes.
@@ -274,6 +276,8 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
             output_attentions: Return the weights of self-attention (with
                 ``attn_implementation="eager"``).
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
 
         Raises:
@@ -302,9 +306,18 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         boxes = boxes_cxcywh_to_xyxy(self.query_boxes.weight.to(whwh.dtype) * whwh)
         object_queries = self.query_embeddings.weight.to(levels[0].dtype)
         object_queries = object_queries.expand(pixel_values.shape[0], -1, -1)
-        decoder_states, decoder_attentions, layer_boxes = [object_queries], [], []
+        decoder_states, decoder_attentions = [object_queries], []
+        layer_boxes, layer_records = [], []
         for layer, head in zip(self.decoder_layers, self.heads, strict=True):
             object_queries, weights = layer(object_queries, boxes, *levels)
+            if output_recording:
+                strides = level_strides(
+                    boxes, finest_level=layer.finest_level, num_levels=len(levels)
+                )
+                references = boxes_xyxy_to_cxcywh(boxes.detach()) / whwh
+                layer_records.append(
+                    LayerRecord(RegionRecord(references, strides), reference_boxes=references)
+                )
             predicted = head.refine(object_queries, boxes)
             # The next layer starts from these boxes, and does not train this layer through them.
             boxes = predicted.detach()
@@ -322,6 +335,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
             if output_hidden_states
             else None,
             intermediate_boxes=torch.stack(layer_boxes),
+            layer_records=tuple(layer_records) if output_recording else None,
         )
 
     def _check_strides(self, maps: list[Tensor], canvas: Tensor) -> None:

@@ -48,6 +48,7 @@ from hf_querydet.modeling_utils import (
 from hf_querydet.models.efficient_detr.configuration_efficient_detr import EfficientDETRConfig
 from hf_querydet.ops.boxes import refine_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import LayerRecord, SamplingRecord
 
 CELL_CENTER = -0.5
 # Side of the box around a reference point, to which the first decoder layer's deltas are added:
@@ -267,6 +268,7 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> EfficientDETRModelOutput:
         """Turn pictures into object queries and boxes.
@@ -277,6 +279,8 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             output_attentions: Return attention weights and sampling locations; those of
                 self-attention need ``attn_implementation="eager"``.
             output_hidden_states: Return the states between the layers.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
         """
         if output_attentions is None:
@@ -321,7 +325,7 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
 
         # Sparse part: the decoder
         decoder_states, layer_boxes = [object_queries], []
-        decoder_attentions, cross_attentions, cross_locations = [], [], []
+        decoder_attentions, cross_attentions, cross_locations, layer_records = [], [], [], []
         for index, layer in enumerate(self.decoder_layers):
             # From the picture to each level's padded map; sizes as well as centres.
             level_points, level_boxes = None, None
@@ -340,6 +344,15 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
                 padding_mask,
                 usable_queries,
             )
+            if output_recording:
+                starts_from_points = level_boxes is None
+                layer_records.append(
+                    LayerRecord(
+                        SamplingRecord(locations.detach(), cross_weights.detach()),
+                        reference_points=points.detach() if starts_from_points else None,
+                        reference_boxes=None if starts_from_points else boxes,
+                    )
+                )
             predicted = refine_boxes(self.head_of_layer(index).box_deltas(object_queries), boxes)
             # The next layer starts from these boxes, and does not train this layer through them.
             boxes = predicted.detach()
@@ -366,6 +379,7 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             reference_points=reference_points,
             reference_boxes=reference_boxes,
             usable_queries=usable_queries,
+            layer_records=tuple(layer_records) if output_recording else None,
         )
 
     def _dense_predictions(self, memory: Tensor, features: LevelFeatures) -> SetPredictions:

@@ -26,7 +26,7 @@ from hf_querydet.layers.feature_levels import flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
-from hf_querydet.layers.roi_pooling import pool_regions
+from hf_querydet.layers.roi_pooling import level_strides, pool_regions
 from hf_querydet.losses import FocalClassification, SoftmaxClassification
 from hf_querydet.modeling_utils import (
     DetectorPreTrainedModel,
@@ -39,6 +39,7 @@ from hf_querydet.models.sparse_rcnn.configuration_sparse_rcnn import (
 )
 from hf_querydet.ops.boxes import apply_box_deltas, boxes_cxcywh_to_xyxy, boxes_xyxy_to_cxcywh
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
+from hf_querydet.recording import LayerRecord, RegionRecord
 
 COARSEST_LEVEL = 5  # of stride 32
 WHOLE_PICTURE = (0.5, 0.5, 1.0, 1.0)
@@ -216,6 +217,7 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_recording: bool = False,
         **kwargs: object,
     ) -> SparseRCNNModelOutput:
         """Turn pictures into proposals.
@@ -227,6 +229,8 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
             output_attentions: Return the weights of self-attention (with
                 ``attn_implementation="eager"``).
             output_hidden_states: Return the features between the stages, and the pyramid.
+            output_recording: Return what each decoder layer starts from and looks at, see
+                :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
         """
         if output_attentions is None:
@@ -244,9 +248,17 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
         features = self.proposal_features.weight.expand(pixel_values.shape[0], -1, -1)
 
         # Stages
-        all_features, all_boxes, attentions = [features], [], []
+        all_features, all_boxes, attentions, layer_records = [features], [], [], []
         for stage in self.stages:
             features, predicted, weights = stage(features, boxes, *levels)
+            if output_recording:
+                strides = level_strides(
+                    boxes, finest_level=stage.finest_level, num_levels=len(levels)
+                )
+                references = boxes_xyxy_to_cxcywh(boxes.detach() / scale)
+                layer_records.append(
+                    LayerRecord(RegionRecord(references, strides), reference_boxes=references)
+                )
             # The next stage starts from these boxes, and does not train this one through them.
             boxes = predicted.detach()
             all_features.append(features)
@@ -260,6 +272,7 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
             decoder_attentions=tuple(attentions) if output_attentions else None,
             encoder_hidden_states=(flatten_levels(levels)[0],) if output_hidden_states else None,
             intermediate_boxes=torch.stack(all_boxes),
+            layer_records=tuple(layer_records) if output_recording else None,
         )
 
 
