@@ -40,7 +40,7 @@ EXTRAS = {
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "dev": ["pytest>=8", "pycocotools>=2.0.8", "ruff>=0.12", "tensorboard>=2.16"],
 }
-EXTRAS["dev"] += EXTRAS["export"]
+EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["plots"]
 EXTRAS["demo"] += EXTRAS["plots"]
 # For the tests of the page, which need Chromium and its driver beside it.
 EXTRAS["browser"] += EXTRAS["demo"]

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_querydet import load_detector
-from hf_querydet.visualization import PictureRecording, draw_detections, record, rgb_picture
+from hf_querydet.visualization import PictureRecording, draw_detections, record
 
 DEFAULT_MODEL = "facebook/detr-resnet-50"
 DEFAULT_THRESHOLD = 0.3
@@ -66,18 +66,12 @@ def analyse(path: str | None, model_name: str, threshold: float) -> tuple[Any, .
         if path is None:
             kind, num_labels = type(model).__name__, model.config.num_labels
             return None, *_nothing(f"{kind} with {num_labels} labels. Upload a picture.")
-        (recording,) = record(model, processor, read_upload(path))
+        (recording,) = record(model, processor, path)
     except ERRORS as error:
-        return None, *_nothing(f"**That did not work.** {error}")
+        # Visitors know the name of their file, not where it lies here.
+        text = str(error).replace(path, Path(path).name) if path else str(error)
+        return None, *_nothing(f"**That did not work.** {text}")
     return recording, *show(recording, threshold)
-
-
-def read_upload(path: str) -> Image.Image:
-    """The upload, upright and in RGB."""
-    try:
-        return rgb_picture(path)
-    except ValueError as error:
-        raise ValueError(f"{Path(path).name} cannot be read as a picture.") from error
 
 
 def above(recording: PictureRecording, threshold: float) -> dict[str, Tensor]:
@@ -175,9 +169,7 @@ def build_page(model_name: str, threshold: float) -> gr.Blocks:
                 shown = gr.Image(
                     label="Detections", type="pil", elem_id="detections", **STATIC_IMAGE
                 )
-        figure = gr.Image(
-            label="Why it fired", format="png", elem_id="explanation", **STATIC_IMAGE
-        )
+        figure = gr.Image(label="Why it fired", format="png", elem_id="explanation", **STATIC_IMAGE)
         table = gr.Dataframe(
             headers=COLUMNS, label="Detections", interactive=False, max_height=300, elem_id="table"
         )

@@ -19,7 +19,8 @@ from transformers import pipeline
 
 import hf_querydet
 from hf_querydet import load_detector
-from hf_querydet.demo import SHAPES, ShapeScenes, build_detector
+from hf_querydet.demo import ShapeScenes, build_detector
+from hf_querydet.visualization import record
 
 ROOT = Path(hf_querydet.__file__).parents[1]
 SCRIPT = ROOT / "examples" / "app.py"
@@ -71,7 +72,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/"
         self.process = subprocess.Popen(
             [sys.executable, str(script), "--port", str(self.port), *options],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
             cwd=script.parent,
         )
 
@@ -248,7 +249,7 @@ def test_click_explains_the_query_of_the_box(page_with_boxes, detections):
 
     page_with_boxes.click_picture((left + right) / 320, (top + bottom) / 320)
 
-    page_with_boxes.wait_for_message(f"Query {detections['queries'][2]},")
+    page_with_boxes.wait_for_message(f"Query {detections['queries'][2]}: ")
     figure = page_with_boxes.wait_for(lambda: page_with_boxes.picture("#explanation img"))
     assert len(set(figure.getdata())) > 100
 
@@ -267,7 +268,7 @@ def test_row_of_the_table_explains_its_query(page_with_boxes):
 
     page_with_boxes.find_all("#table [role=gridcell][data-row='1']")[0].click()
 
-    page_with_boxes.wait_for_message(f"Query {query},")
+    page_with_boxes.wait_for_message(f"Query {query}: ")
     page_with_boxes.wait_for(lambda: page_with_boxes.picture("#explanation img"))
 
 
@@ -276,7 +277,7 @@ def test_file_that_is_no_picture_gets_a_message_and_no_boxes(page_with_boxes, tm
 
     page_with_boxes.upload(tmp_path / "notes.png")
 
-    page_with_boxes.wait_for_message("notes.png cannot be read as a picture")
+    page_with_boxes.wait_for_message("The picture notes.png cannot be read")
     assert page_with_boxes.find_all("#detections img") == []
     assert page_with_boxes.rows() == []
 
@@ -301,11 +302,15 @@ def test_smallest_box_around_a_place_is_clicked(app):
     assert [app["box_at"](boxes, *place) for place in places] == [3, 3, 0, 2, None]
 
 
-def test_threshold_does_not_need_the_model(app, detections, scene):
-    id2label = dict(enumerate(SHAPES))
-    analysis = app["Analysis"]("no/such-model", Image.open(scene), detections, id2label)
+def test_threshold_and_click_do_not_run_the_model(app, detections, scene, model_directory):
+    model, processor = load_detector(model_directory)
+    (recording,) = record(model.eval(), processor, scene)
+    model.forward = None  # cannot be called any more
 
-    _, rows, *_ = app["show"](analysis, HIGH)
+    _, rows, *_ = app["show"](recording, HIGH)
+    figure, _ = app["explain_query"](recording, 3)
+
+    assert figure.width > 100
 
     assert len(rows) == number_above(detections, HIGH)
 
