@@ -63,14 +63,17 @@ def analyse(path: str | None, model_name: str, threshold: float) -> tuple[Any, .
     """
     try:
         model, processor = load(model_name.strip())
-        if path is None:
-            kind, num_labels = type(model).__name__, model.config.num_labels
-            return None, *_nothing(f"{kind} with {num_labels} labels. Upload a picture.")
+    except ERRORS as error:
+        return None, *_nothing(f"**The model {model_name!r} cannot be loaded.** {error}")
+    if path is None:
+        kind, num_labels = type(model).__name__, model.config.num_labels
+        return None, *_nothing(f"{kind} with {num_labels} labels. Upload a picture.")
+    try:
         (recording,) = record(model, processor, path)
     except ERRORS as error:
         # Visitors know the name of their file, not where it lies here.
-        text = str(error).replace(path, Path(path).name) if path else str(error)
-        return None, *_nothing(f"**That did not work.** {text}")
+        text = str(error).replace(path, Path(path).name)
+        return None, *_nothing(f"**Nothing can be detected.** {text}")
     return recording, *show(recording, threshold)
 
 
@@ -183,7 +186,9 @@ def build_page(model_name: str, threshold: float) -> gr.Blocks:
         }
         page.load(**analysing)
         gr.on([upload.change, model.submit], **analysing)
-        slider.release(show, [recording, slider], results)
+        slider.change(
+            show, [recording, slider], results, trigger_mode="always_last", show_progress="hidden"
+        )
         explained = [figure, message]
         shown.select(explain_click, [recording, slider, shown], explained)
         table.select(explain_row, [recording], explained)
