@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_querydet import VARIANTS, load_detector, variant_of
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
-from hf_querydet.evaluation import CocoEvaluator, format_table
+from hf_querydet.evaluation import CocoEvaluator, evaluate_detector, format_table
 from hf_querydet.training import (
     PARTIAL_SUFFIX,
     TrainingProgress,
@@ -254,16 +254,9 @@ def check_finite(outputs: Any, batch: dict[str, Any], step: int) -> None:
     )
 
 
-@torch.no_grad()
 def evaluate(accelerator, model, processor, loader, id2label) -> dict[str, float]:
-    model.eval()
-    evaluator = CocoEvaluator(id2label)
-    for batch in tqdm(loader, "evaluate", leave=False, disable=hide_bar(accelerator)):
-        outputs = model(batch["pixel_values"], batch["pixel_mask"])
-        sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
-        detections = processor.post_process_object_detection(outputs, 0.0, sizes)
-        evaluator.update(detections, batch["labels"])
-    return evaluator.compute()
+    batches = tqdm(loader, "evaluate", leave=False, disable=hide_bar(accelerator))
+    return evaluate_detector(model, processor, batches, CocoEvaluator(id2label))
 
 
 def save_model(accelerator, model, processor, directory: Path, metrics: dict[str, Any]) -> None:

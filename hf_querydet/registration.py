@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -222,6 +224,13 @@ def load_config(name_or_path: str | os.PathLike, **kwargs: Any) -> DetectorConfi
 
 
 def _stored_variant(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> Variant:
+    if not os.path.exists(name_or_path):
+        try:
+            validate_repo_id(os.fspath(name_or_path))
+        except HFValidationError as error:
+            raise OSError(
+                f"{name_or_path} is not a directory, and not a Hub id, which is NAME or OWNER/NAME."
+            ) from error
     config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
     if not config:
         raise OSError(

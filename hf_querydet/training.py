@@ -13,9 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_querydet.file_writing import PARTIAL_SUFFIX, partial_file
 from hf_querydet.recipe_utils import Recipe
-
-PARTIAL_SUFFIX = ".partial"
 
 
 def parameter_groups(
@@ -169,7 +168,5 @@ def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a json file; it is there complete or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with partial_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")

@@ -66,3 +66,8 @@ def test_load_detector_refuses_other_architectures(tmp_path):
 def test_load_detector_says_that_there_is_no_configuration(tmp_path):
     with pytest.raises(OSError, match=r"has no config\.json; name the directory or repository"):
         hf_querydet.load_detector(tmp_path)
+
+
+def test_load_detector_says_that_there_is_no_such_directory(tmp_path):
+    with pytest.raises(OSError, match="is not a directory, and not a Hub id, which is NAME or"):
+        hf_querydet.load_detector(tmp_path / "absent" / "model")

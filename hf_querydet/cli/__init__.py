@@ -5,17 +5,21 @@ What a subcommand needs is imported inside its function, or every other one woul
 
 import typer
 
-from hf_querydet.cli import demo, info, kernels
+from hf_querydet.cli import demo, detect, evaluate, explain, info, kernels
 from hf_querydet.cli.errors import without_traceback
 
 # In the order of the help; a command is called like its function.
 COMMANDS = (
     demo.demo,
+    detect.detect,
+    evaluate.evaluate,
+    explain.explain,
     info.info,
     kernels.kernels,
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+# In Markdown, so that paragraphs are wrapped to the terminal.
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 
 @app.callback()

@@ -169,6 +169,32 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
         other._row_numbers = [self._row_numbers[index] for index in indices]
         return other
 
+    def split_by_process(self, rank: int, num_processes: int, *, batch_size: int) -> Self:
+        """A copy with the share of one process: every so many-th batch.
+
+        Loaded in batches of the same size, these are batches that one process would see, and no
+        item is in two shares.
+
+        Args:
+            rank: Number of the process.
+            num_processes: Of how many.
+            batch_size: Items in a batch.
+        """
+        indices = range(len(self))
+        return self.select([i for i in indices if i // batch_size % num_processes == rank])
+
+    def own_image_id(self, image_id: int) -> int | str:
+        """The dataset's own id of a picture, for results in the dataset's terms.
+
+        Where the column ``image_id`` holds strings, labels have the number of the row instead.
+
+        Args:
+            image_id: As labels have it.
+        """
+        if self.reader.has_image_ids or "image_id" not in self.rows.column_names:
+            return image_id
+        return self.rows.select_columns("image_id")[image_id]["image_id"]
+
     def _problem(self, row_number: int) -> str | None:
         try:
             self.reader.read(self.rows[row_number], row_number)

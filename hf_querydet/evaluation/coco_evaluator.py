@@ -1,6 +1,7 @@
 """COCO average precision and recall, over any number of processes and with bounded memory."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate.utils import gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
+from hf_querydet.file_writing import JsonArrayWriter, partial_file
 from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
 
 UNUSED_LABEL = "N/A"
@@ -70,6 +72,8 @@ class CocoEvaluator:
         id2label: ``model.config.id2label``. Labels named "N/A" are no classes and are left out.
         label_to_category: From label to the dataset's own category id, for :meth:`coco_results`;
             not given: the label itself.
+        own_image_id: Called with the ``image_id`` of labels, returns the dataset's own id of that
+            picture, for :meth:`coco_results`; not given: the same.
         max_detections: Detections kept per picture, best first. COCO's rule is 100.
     """
 
@@ -78,12 +82,14 @@ class CocoEvaluator:
         id2label: Mapping[int, str],
         *,
         label_to_category: Mapping[int, int | str] | None = None,
+        own_image_id: Callable[[int], int | str] | None = None,
         max_detections: int = 100,
     ):
         if max_detections < 1:
             raise ValueError(f"max_detections must be at least 1, got {max_detections}.")
         self.id2label = {int(label): name for label, name in id2label.items()}
         self.label_to_category = label_to_category
+        self.own_image_id = own_image_id
         self.max_detections = max_detections
         self._pictures: dict[int, _Picture] = {}
 
@@ -144,17 +150,32 @@ class CocoEvaluator:
             One ``{"image_id", "category_id", "bbox", "score"}`` per detection, ``bbox`` as left,
             top, width, height in pixels, in the order of image ids.
         """
+        return list(self._rows())
+
+    def write_coco_results(self, path: str | os.PathLike) -> None:
+        """Write the rows of :meth:`coco_results` as a COCO result file, one by one."""
+        with partial_file(path) as file:
+            rows = JsonArrayWriter(file)
+            for row in self._rows():
+                rows.add(row)
+            rows.close()
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
         categories = self.label_to_category
         if categories is None:
             categories = {
                 label: label for label, name in self.id2label.items() if name != UNUSED_LABEL
             }
-        return [
-            {"image_id": image_id, "category_id": categories[label], "bbox": bbox, "score": score}
-            for image_id, picture in sorted(self._pictures.items())
-            for label, bbox, score in _detections(picture)
-            if label in categories
-        ]
+        for image_id, picture in sorted(self._pictures.items()):
+            own_id = image_id if self.own_image_id is None else self.own_image_id(image_id)
+            for label, bbox, score in _detections(picture):
+                if label in categories:
+                    yield {
+                        "image_id": own_id,
+                        "category_id": categories[label],
+                        "bbox": bbox,
+                        "score": score,
+                    }
 
     def _picture(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> _Picture:
         prediction, target = _to_host(prediction), _to_host(target)

@@ -108,6 +108,26 @@ class FocalClassification:
         return num_objects.clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Matches:
+    """Queries that were assigned to objects, N pairs in order of layer and picture.
+
+    Attributes:
+        layer: (N,), int64, as the following.
+        picture: Index in the batch.
+        query: Index of the query.
+        target: Index of the object among those of its picture.
+        costs: Of every pair (N,), with their weights: ``class``, ``bbox`` and ``giou``. Their sum
+            over all pairs of a layer and picture is the least that any assignment has.
+    """
+
+    layer: Tensor
+    picture: Tensor
+    query: Tensor
+    target: Tensor
+    costs: dict[str, Tensor]
+
+
 class SetCriterion:
     """Loss of set prediction: bipartite matching, then classification, L1 and generalised IoU.
 
@@ -205,6 +225,30 @@ class SetCriterion:
                 for layer, suffix in enumerate(group.suffixes):
                     loss_dict |= {name + suffix: values[layer] for name, values in terms.items()}
         return total, loss_dict
+
+    @torch.no_grad()
+    def match(self, predictions: SetPredictions, labels: Labels) -> Matches:
+        """Assign queries to objects as the loss does, and say at which costs.
+
+        Args:
+            predictions: Of one or more layers; each is matched on its own.
+            labels: As above.
+
+        Raises:
+            ValueError: As above.
+        """
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            group = _Group.build(predictions, labels, [])
+            ((pairs,), _) = self._match([group])
+            arguments = group.pred_boxes, group.labels.boxes
+            options = {"box_coordinates": self.box_coordinates}
+            classes = self.classification.cost(group.logits, group.labels.class_labels)
+            costs = {
+                "class": self.class_cost * classes,
+                "bbox": box_cost(*arguments, bbox_cost=self.bbox_cost, giou_cost=0.0, **options),
+                "giou": box_cost(*arguments, bbox_cost=0.0, giou_cost=self.giou_cost, **options),
+            }
+        return Matches(*pairs, {name: cost[tuple(pairs)] for name, cost in costs.items()})
 
     @torch.no_grad()
     def _match(self, groups: list["_Group"]) -> tuple[list[Tensor], list[tuple[int, int, int]]]:

@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.image_processing_utils import BatchFeature
 
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.image_reading import flatten_pictures
 from hf_querydet.modeling_utils import DetectorPreTrainedModel, ObjectDetectionMixin
+from hf_querydet.outputs import DetectionOutput
 from hf_querydet.recording import DecoderRecording, Evidence, PictureFrame
 from hf_querydet.visualization.drawing import rgb_picture
 
@@ -187,12 +189,8 @@ def explain(
         print(explanation.layers[-1].label, explanation.layers[-1].box)
         ```
     """
-    pictures = record(model, processor, image)
-    if len(pictures) != 1:
-        raise ValueError(
-            f"image must be one picture, got {len(pictures)}; record() takes several at once."
-        )
-    return pictures[0].explain(query)
+    (picture,) = record(model, processor, read_one_picture(image))
+    return picture.explain(query)
 
 
 @torch.no_grad()
@@ -218,9 +216,7 @@ def record(
     check_detector(model, processor)
     images = flatten_pictures(images)
     pictures = [rgb_picture(image) for image in images]
-    inputs = processor(images, return_tensors="pt").to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    outputs = model(**inputs, output_recording=True)
+    outputs = run_recorded(model, processor(images, return_tensors="pt"))
     detections = processor.post_process_object_detection(
         outputs,
         threshold=-1.0,  # keeps scores of 0 too
@@ -255,3 +251,27 @@ def check_detector(model: Any, processor: Any) -> None:
         raise ValueError(
             "model is in training mode, where dropout changes what it sees; call model.eval()."
         )
+
+
+def read_one_picture(image: Any) -> Any:
+    """The one picture that is given, in whatever form.
+
+    Raises:
+        TypeError: If it is not a picture.
+        ValueError: If there are several or none.
+    """
+    pictures = flatten_pictures(image)
+    if len(pictures) != 1:
+        raise ValueError(
+            f"image must be one picture, got {len(pictures)}; record() takes several at once."
+        )
+    return pictures[0]
+
+
+def run_recorded(model: DetectorPreTrainedModel, inputs: BatchFeature) -> DetectionOutput:
+    """A recorded pass, on the model's device and in its precision."""
+    return model(
+        pixel_values=inputs["pixel_values"].to(model.device, model.dtype),
+        pixel_mask=inputs["pixel_mask"].to(model.device) if "pixel_mask" in inputs else None,
+        output_recording=True,
+    )

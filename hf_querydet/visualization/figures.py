@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_querydet.file_writing import partial_path
 from hf_querydet.recording import TOTAL, CellAttention, Evidence, Region, SampledPoints
+from hf_querydet.visualization.assignment import Assignment
 from hf_querydet.visualization.explanation import Explanation, LayerExplanation
 
 try:
@@ -27,16 +30,23 @@ except ImportError as error:
     ) from error
 
 DPI = 100
-PANEL_AREA = 7.5  # square inches
+# Square inches of a panel, and of one of a few, which would leave no room for the legend.
+PANEL_AREA, LARGE_PANEL_AREA = 7.5, 16.0
 MOST_COLUMNS = 4
+LEGEND_ENTRY = 1.8  # inches
 # Larger pictures are shrunk to this for a panel; nobody sees more of them.
 LONGEST_SIDE = 900
-PREDICTED, REFERENCE = "#00e5ff", "#ffea00"
-LAYER_COLORS, WEIGHT_COLORS = "spring", "inferno"
+PREDICTED, REFERENCE = "#00ffff", "#ffea00"
+# From the last layer to the first: the last box has the colour of predicted boxes.
+LAYER_COLORS, WEIGHT_COLORS = "cool", "inferno"
 LEVEL_MARKERS = "osD^v<>P"
 HEAD_COLORS = "tab10"
+OBJECT_COLORS, COST_COLORS = "Set2", "YlOrRd"
 LARGEST_POINT = 90.0  # area of a marker, square points
-PART_TITLES = {TOTAL: "attention", "row": "of rows", "column": "of columns"}
+PART_TITLES = {TOTAL: "attention", "row": "row part: of each x", "column": "column part: of each y"}
+# Parts of a picture that are shown, as shares of its sides: so much more than what lies in them, at
+# least and at most; beyond that the whole picture is shown.
+VIEW_MARGIN, SMALLEST_VIEW, LARGEST_VIEW = 1.3, 0.12, 0.6
 OUTLINE = withStroke(linewidth=3.5, foreground="black")
 
 
@@ -49,11 +59,13 @@ def explanation_figure(explanation: Explanation, *, head: int | None) -> Figure:
     num_panels = len(layers) + 1
     num_columns = min(num_panels, MOST_COLUMNS) if len(parts) == 1 else num_panels
     num_rows = math.ceil(num_panels / num_columns) if len(parts) == 1 else len(parts)
-    figure, axes = _panels(explanation.picture, num_rows, num_columns)
+    num_titles = num_rows if len(parts) == 1 else 1
+    figure, axes = _panels(explanation.picture, num_rows, num_columns, num_titles)
     last = layers[-1]
     figure.suptitle(f"query {explanation.query}: {last.label} {last.score:.2f}")
 
-    handles = _draw_overview(axes.flat[0], explanation)
+    view = _view(explanation)
+    handles = _draw_overview(axes.flat[0], explanation, view)
     for row, part in enumerate(parts):
         places = axes.flat[1:num_panels] if len(parts) == 1 else axes[row, 1:]
         for number, (place, layer) in enumerate(zip(places, layers, strict=True)):
@@ -64,31 +76,32 @@ def explanation_figure(explanation: Explanation, *, head: int | None) -> Figure:
             place.set_title(title)
             new = draw(place, explanation.picture, layer.evidence, part, head)
             _draw_boxes(place, layer)
+            place.set(xlim=view[0::2], ylim=view[3::-2])
             if number == 0 and row == 0:
                 handles += new
     for place in axes.flat:
         place.set_visible(place.has_data())
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    num_in_a_line = max(1, int(figure.get_figwidth() / LEGEND_ENTRY))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), num_in_a_line)
+    )
     return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure; the file is there complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, format=path.suffix[1:] or "png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_path(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:] or "png")
 
 
-def _panels(picture: Image.Image, num_rows: int, num_columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of panels of the picture's shape."""
+def _panels(
+    picture: Image.Image, num_rows: int, num_columns: int, num_titles: int
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of panels of the picture's shape, some rows of which have titles."""
     ratio = min(max(picture.width / picture.height, 0.25), 4.0)
-    width, height = (PANEL_AREA * ratio) ** 0.5, (PANEL_AREA / ratio) ** 0.5
-    size = (num_columns * width, num_rows * (height + 0.3) + 1.0)
+    area = PANEL_AREA if num_columns > 2 else LARGE_PANEL_AREA
+    width, height = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+    size = (num_columns * width, num_rows * height + 0.3 * num_titles + 0.8)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
@@ -108,24 +121,54 @@ def _show(place: Axes, picture: Image.Image, *, brightness: float, gray: bool = 
     place.set(xlim=(0, width), ylim=(height, 0))
 
 
-def _draw_overview(place: Axes, explanation: Explanation) -> list[Line2D]:
-    """The boxes of all layers, and what the first layer starts from."""
-    _show(place, explanation.picture, brightness=0.7)
+def _view(explanation: Explanation) -> tuple[float, float, float, float]:
+    """Part of the picture, xyxy, that panels of layers show.
+
+    All of it, unless a query samples points and everything of it lies in a small part. The part has
+    the picture's shape.
+    """
+    size = torch.tensor(explanation.picture.size, dtype=torch.float32)
+    whole = (0.0, 0.0, *size.tolist())
+    if not isinstance(explanation.layers[0].evidence, SampledPoints):
+        return whole
+    corners = []
+    for layer in explanation.layers:
+        corners += [layer.evidence.points.reshape(-1, 2).cpu(), layer.box.view(2, 2).cpu()]
+        corners += [] if layer.reference_box is None else [layer.reference_box.view(2, 2).cpu()]
+        corners += [] if layer.reference_point is None else [layer.reference_point[None].cpu()]
+    inside = torch.minimum(torch.cat(corners).clamp(min=0), size)
+    low, high = inside.amin(0), inside.amax(0)
+    share = max(((high - low) / size).max().item() * VIEW_MARGIN, SMALLEST_VIEW)
+    if share > LARGEST_VIEW:
+        return whole
+    start = torch.minimum(((low + high - share * size) / 2).clamp(min=0), size * (1 - share))
+    return (*start.tolist(), *(start + share * size).tolist())
+
+
+def _draw_overview(
+    place: Axes, explanation: Explanation, view: tuple[float, float, float, float]
+) -> list[Line2D]:
+    """The boxes of all layers, what the first layer starts from, and what other panels show."""
+    _show(place, explanation.picture, brightness=0.8)
     place.set_title("from layer to layer")
-    colors = colormaps[LAYER_COLORS](np.linspace(0, 1, len(explanation.layers)))
+    left, top, right, bottom = view
+    if (right, bottom) != explanation.picture.size or (left, top) != (0, 0):
+        style = {"fill": False, "color": "white", "lw": 1.0, "ls": ":"}
+        place.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+    colors = colormaps[LAYER_COLORS](np.linspace(0, 1, len(explanation.layers)))[::-1]
     first = explanation.layers[0]
     _draw_reference(place, first)
-    handles = []
-    for number, (layer, color) in enumerate(zip(explanation.layers, colors, strict=True)):
+    for layer, color in zip(explanation.layers, colors, strict=True):
         _draw_box(place, layer.box, color=color, linewidth=1.8)
-        handles.append(Line2D([], [], color=color, label=f"box after layer {number + 1}"))
-    if len(handles) > 2:
-        handles = [handles[0], handles[-1]]
-    handles.append(Line2D([], [], color=PREDICTED, label="box after this layer"))
+    handles = [Line2D([], [], color=PREDICTED, label="box after this layer")]
+    if len(colors) > 1:
+        first_color = Line2D([], [], color=colors[0], label="box after layer 1")
+        handles.insert(0, first_color)
     if first.reference_box is not None:
         handles.append(Line2D([], [], color=REFERENCE, ls="--", label="box to start from"))
     if first.reference_point is not None:
-        handles.append(_marker("+", REFERENCE, "point to start from"))
+        point = _marker("P", REFERENCE, "point to start from")
+        handles.append(point)
     return handles
 
 
@@ -172,7 +215,7 @@ def _draw_cells(
     place.imshow(
         weights,
         cmap=WEIGHT_COLORS,
-        alpha=0.65,
+        alpha=0.6,
         vmin=0,
         extent=(0, width, height, 0),
         interpolation="nearest",
@@ -186,7 +229,7 @@ def _draw_points(
     place: Axes, picture: Image.Image, evidence: SampledPoints, part: str, head: int | None
 ) -> list[Line2D]:
     """Points in the colour of their head and the shape of their level, as large as their weight."""
-    _show(place, picture, brightness=0.7)
+    _show(place, picture, brightness=0.8)
     points = _of_heads(evidence.points, head).numpy(force=True)
     weights = _of_heads(evidence.weights, head).numpy(force=True)
     heads = range(len(points)) if head is None else [head]
@@ -239,6 +282,56 @@ def _note(place: Axes, text: str) -> None:
     frame = {"boxstyle": "round,pad=0.2", "fc": "black", "ec": "none", "alpha": 0.6}
     style = {"color": "white", "fontsize": 8, "ha": "right", "va": "bottom"}
     place.text(0.985, 0.02, text, transform=place.transAxes, bbox=frame, **style)
+
+
+def assignment_figure(assignment: Assignment) -> Figure:
+    """See :meth:`Assignment.figure`."""
+    picture, num_objects = assignment.picture, len(assignment.names)
+    ratio = min(max(picture.width / picture.height, 0.5), 2.0)
+    height = max(4.0, 0.42 * num_objects + 1.2)
+    table_width = 1.4 + 1.1 * len(assignment.layers)
+    figure = Figure(figsize=(4.0 * ratio + table_width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    place, table = figure.subplots(1, 2, width_ratios=[4.0 * ratio, table_width])
+    _show(place, picture, brightness=0.8)
+    place.set(xticks=[], yticks=[], title="objects (dashed), queries of the last layer")
+    colors = [colormaps[OBJECT_COLORS](index % 8) for index in range(num_objects)]
+    for box, assigned, color in zip(assignment.boxes, assignment.layers[-1], colors, strict=True):
+        _draw_box(place, box, color=color, linewidth=1.8, linestyle="--")
+        if assigned is not None:
+            _draw_box(place, assigned.box, color=color, linewidth=1.8)
+            left, top = assigned.box[:2].clamp(min=0).tolist()
+            style = {"color": "black", "fontsize": 8, "va": "top", "clip_on": True}
+            frame = {"boxstyle": "square,pad=0.15", "fc": color, "ec": "black", "lw": 0.5}
+            place.text(left, top, f"{assigned.query}", bbox=frame, **style)
+    _draw_costs(table, assignment, colors)
+    return figure
+
+
+def _draw_costs(table: Axes, assignment: Assignment, colors: Sequence[Any]) -> None:
+    """Query and cost of every object (row) in every layer (column), dearer ones darker."""
+    num_layers, num_objects = len(assignment.layers), len(assignment.names)
+    costs = np.full((num_objects, num_layers), np.nan)
+    for column, layer in enumerate(assignment.layers):
+        for row, assigned in enumerate(layer):
+            if assigned is None:
+                continue
+            costs[row, column] = assigned.cost
+            table.text(
+                column,
+                row,
+                f"query {assigned.query}\n{assigned.cost:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
+    table.imshow(costs, cmap=COST_COLORS, alpha=0.6, aspect="auto")
+    table.set_title("query and cost of the match")
+    table.set_xticks(range(num_layers), [f"layer {layer + 1}" for layer in range(num_layers)])
+    table.set_yticks(range(num_objects), assignment.names)
+    table.tick_params(length=0)
+    for label, color in zip(table.get_yticklabels(), colors, strict=True):
+        label.set_bbox({"boxstyle": "square,pad=0.2", "fc": color, "ec": "none"})
 
 
 # What draws a kind of evidence into a panel, and returns what the legend says of it.

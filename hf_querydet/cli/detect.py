@@ -1,0 +1,132 @@
+"""`hf-querydet detect`."""
+
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from tqdm.auto import tqdm
+
+from hf_querydet.cli.options import (
+    BatchSize,
+    MixedPrecision,
+    Model,
+    OnCPU,
+    Precision,
+    Revision,
+    start_process,
+)
+
+if TYPE_CHECKING:
+    from hf_querydet.inference import FileDetections
+    from hf_querydet.inference.result_files import ResultWriter
+
+
+class OutputFormat(StrEnum):
+    """Of the boxes, see :func:`hf_querydet.inference.result_writer`."""
+
+    JSON = "json"
+    COCO = "coco"
+
+
+def detect(
+    model: Model,
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, help="A picture, or a folder with its subfolders.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", file_okay=False, help="Folder for the results.")
+    ] = Path("detections"),
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.0, max=1.0, help="Least score of a box.")
+    ] = 0.5,
+    output_format: Annotated[
+        OutputFormat,
+        typer.Option(
+            "--format", help="json: detections.jsonl; coco: detections.json and images.json."
+        ),
+    ] = OutputFormat.JSON,
+    draw: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Also draw the boxes.")
+    ] = True,
+    batch_size: BatchSize = 8,
+    num_workers: Annotated[
+        int, typer.Option("--num-workers", min=0, help="Threads that read pictures ahead.")
+    ] = 2,
+    mixed_precision: Precision = MixedPrecision.NO,
+    revision: Revision = None,
+    cpu: OnCPU = False,
+) -> None:
+    """Find objects in pictures: boxes in a file, and drawn on copies of the pictures.
+
+    A copy has the name of its picture, below the folder of results; what is there is replaced.
+    Files that cannot be read are reported, and the exit code is 1. Runs on several GPUs or machines
+    under `accelerate launch -m hf_querydet detect ...`.
+    """
+    from hf_querydet.inference import (
+        autocast,
+        detect_in_files,
+        list_pictures,
+        load_for_inference,
+        picture_drawer,
+        result_writer,
+    )
+
+    if draw:
+        _keep_safe(pictures, output)
+    num_files = sum(1 for _ in list_pictures(pictures, exclude=output))
+    if num_files == 0:
+        raise ValueError(f"{pictures} holds no pictures.")
+    state = start_process(cpu)
+    detector, processor = load_for_inference(model, device=state.device, revision=revision)
+    id2label = detector.config.id2label
+    results = detect_in_files(
+        detector,
+        processor,
+        list_pictures(pictures, exclude=output),
+        batch_size=batch_size,
+        threshold=threshold,
+        num_workers=num_workers,
+        on_detected=picture_drawer(output, id2label) if draw else None,
+    )
+    with autocast(state.device, mixed_precision):
+        if not state.is_main_process:
+            deque(results, maxlen=0)  # takes part; the results are written once
+            return
+        with result_writer(output_format, output, id2label) as write:
+            bar = tqdm(results, "detect", num_files, unit="picture", leave=False, disable=None)
+            counts = _write(bar, write)
+    typer.echo(f"{counts['objects']} objects in {counts['pictures']} pictures: see {output}")
+    if counts["unreadable"]:
+        typer.echo(f"{counts['unreadable']} files could not be read.", err=True)
+        raise typer.Exit(1)
+
+
+def _keep_safe(pictures: Path, output: Path) -> None:
+    """Refuse a folder of results in which copies could take the place of pictures."""
+    folder = pictures if pictures.is_dir() else pictures.parent
+    if folder.resolve().is_relative_to(output.resolve()):
+        raise ValueError(
+            f"--output {output} holds {pictures}: copies with boxes would replace pictures. Choose "
+            "another folder, or --no-pictures."
+        )
+
+
+def _write(results: "Iterable[FileDetections]", write: "ResultWriter") -> Counter[str]:
+    """Write the results as they come, report what could not be read, and count."""
+    counts = Counter()
+    for result in results:
+        if result.error:
+            tqdm.write(f"Not read: {result.error}", file=sys.stderr)
+            counts["unreadable"] += 1
+            continue
+        write(result)
+        counts["pictures"] += 1
+        counts["objects"] += len(result.scores)
+    return counts

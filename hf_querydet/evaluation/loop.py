@@ -1,0 +1,88 @@
+"""A detector on a dataset, from the first batch to COCO's numbers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_querydet.data import DetectionCollator, DetectionDataset, IterableDetectionDataset
+from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
+from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.inference import predict
+
+
+def evaluate_detector(
+    model: nn.Module,
+    processor: DetectionImageProcessor,
+    batches: Iterable[Mapping[str, Any]],
+    evaluator: CocoEvaluator,
+    *,
+    threshold: float = 0.0,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Run a detector over annotated pictures and compute COCO's numbers.
+
+    Under several processes each feeds its own batches, and every process gets the same numbers. The
+    model is in evaluation mode meanwhile.
+
+    Args:
+        model: A detector, wrapped by accelerate or not.
+        processor: Its image processor.
+        batches: As :func:`evaluation_loader` or a loader that accelerate has prepared gives them.
+        evaluator: Collects the predictions, which can be had from it afterwards.
+        threshold: Detections with a score above it count. COCO wants all of them.
+        device: Where batches are sent; not given: they are on the model's device already.
+
+    Returns:
+        What :meth:`CocoEvaluator.compute` returns.
+    """
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        if device is not None:
+            batch = send_to_device(batch, device)
+        sizes = torch.stack([labels["orig_size"] for labels in batch["labels"]])
+        detections = predict(model, processor, batch, sizes, threshold=threshold)
+        evaluator.update(detections, batch["labels"])
+    model.train(was_training)
+    return evaluator.compute()
+
+
+def evaluation_loader(
+    dataset: DetectionDataset | IterableDetectionDataset,
+    processor: DetectionImageProcessor,
+    *,
+    batch_size: int = 8,
+    num_workers: int = 0,
+) -> DataLoader:
+    """A loader of this process's share of a dataset, for :func:`evaluate_detector`.
+
+    Under several processes each loads its share. No picture is in two shares or in none, and with
+    random access the batches are those of one process. The rows of a stream are dealt out instead,
+    so that its batches hold other pictures.
+
+    Args:
+        dataset: With the labels of the model, see ``with_labels``.
+        processor: Image processor of the model.
+        batch_size: Pictures in a batch, per process.
+        num_workers: Processes that prepare pictures, per process.
+
+    Returns:
+        A loader whose batches are those of :class:`~hf_querydet.data.DetectionCollator`.
+    """
+    state = PartialState()
+    place = (state.process_index, state.num_processes)
+    if isinstance(dataset, IterableDetectionDataset):
+        share = dataset.split_by_process(*place)
+    else:
+        share = dataset.split_by_process(*place, batch_size=batch_size)
+    return DataLoader(
+        share.with_processor(processor),
+        batch_size=batch_size,
+        collate_fn=DetectionCollator(processor),
+        num_workers=num_workers,
+    )

@@ -1,0 +1,132 @@
+"""Detection in files, shared among processes."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.inference.batching import in_batches, read_ahead
+from hf_querydet.inference.detection import detect_batch, read_for
+from hf_querydet.inference.picture_files import PictureFile
+from hf_querydet.modeling_utils import DetectorPreTrainedModel
+
+
+@dataclass(frozen=True)
+class FileDetections:
+    """What was found in one file, in plain numbers.
+
+    Attributes:
+        name: Of the file, see :class:`~hf_querydet.inference.PictureFile`.
+        width: Of the upright picture, pixels; 0 if it could not be read.
+        height: As above.
+        scores: Of each detection, descending.
+        labels: Of each detection.
+        boxes_xyxy: Of each detection, pixels of the upright picture.
+        error: Why the file could not be read; empty if it could.
+    """
+
+    name: str
+    width: int = 0
+    height: int = 0
+    scores: tuple[float, ...] = ()
+    labels: tuple[int, ...] = ()
+    boxes_xyxy: tuple[tuple[float, ...], ...] = ()
+    error: str = ""
+
+
+def detect_in_files(
+    model: DetectorPreTrainedModel,
+    processor: DetectionImageProcessor,
+    files: Iterable[PictureFile],
+    *,
+    batch_size: int = 8,
+    threshold: float = 0.5,
+    num_workers: int = 0,
+    on_detected: Callable[[PictureFile, Tensor, dict[str, Tensor]], None] | None = None,
+) -> Iterator[FileDetections]:
+    """Find objects in any number of files, in any number of processes.
+
+    Files are taken as they are needed and grouped into batches in their order. A file that cannot
+    be read leaves its batch smaller and is reported in its result. Under several processes each
+    takes every so many-th of these same batches, and all get all results, in the order of files;
+    so the results are those of one process.
+
+    Args:
+        model: A detector in evaluation mode, see :func:`load_for_inference`.
+        processor: Its image processor.
+        files: The same in every process, see :func:`list_pictures`.
+        batch_size: Files that go through the model together, in each process.
+        threshold: Detections with a score above it are kept.
+        num_workers: Threads per process that read files while the model computes, each a batch
+            ahead.
+        on_detected: Called with each picture, (channels, height, width), and its detections in the
+            process that has found them.
+
+    Returns:
+        One result per file.
+
+    Raises:
+        ValueError: If ``batch_size`` is not positive.
+    """
+    state = PartialState()
+    rounds = in_batches(in_batches(files, batch_size), state.num_processes)
+    # The last round may have no batch for this process, which takes part in it all the same.
+    shares = ((*batches, *[[]] * state.num_processes)[state.process_index] for batches in rounds)
+
+    def read(share: list[PictureFile]) -> list[tuple[PictureFile, Tensor | str]]:
+        return [(file, _read(processor, file)) for file in share]
+
+    return itertools.chain.from_iterable(
+        gather_object(_detect(model, processor, contents, threshold, on_detected))
+        for contents in read_ahead(read, shares, num_workers)
+    )
+
+
+def _read(processor: DetectionImageProcessor, file: PictureFile) -> Tensor | str:
+    """The picture, or what is wrong with it."""
+    try:
+        return read_for(processor, file.path)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _detect(
+    model: DetectorPreTrainedModel,
+    processor: DetectionImageProcessor,
+    contents: list[tuple[PictureFile, Tensor | str]],
+    threshold: float,
+    on_detected: Callable[[PictureFile, Tensor, dict[str, Tensor]], None] | None,
+) -> list[FileDetections]:
+    """Results of one batch, those of unreadable files among them."""
+    pictures = {file: content for file, content in contents if isinstance(content, Tensor)}
+    found = {}
+    if pictures:
+        batch = list(pictures.values())
+        detections = detect_batch(model, processor, batch, threshold=threshold)
+        found = dict(zip(pictures, detections, strict=True))
+    results = []
+    for file, content in contents:
+        if file not in found:
+            results.append(FileDetections(file.name, error=content))
+            continue
+        if on_detected is not None:
+            on_detected(file, content, found[file])
+        results.append(_in_plain_numbers(file, content, found[file]))
+    return results
+
+
+def _in_plain_numbers(
+    file: PictureFile, picture: Tensor, found: dict[str, Tensor]
+) -> FileDetections:
+    return FileDetections(
+        name=file.name,
+        width=picture.shape[-1],
+        height=picture.shape[-2],
+        scores=tuple(found["scores"].tolist()),
+        labels=tuple(found["labels"].tolist()),
+        boxes_xyxy=tuple(map(tuple, found["boxes"].tolist())),
+    )
