@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_querydet import load_detector
+from hf_querydet.inference import load_for_inference
 from hf_querydet.visualization import PictureRecording, draw_detections, record
 
 DEFAULT_MODEL = "facebook/detr-resnet-50"
@@ -51,8 +51,7 @@ def load(model_name: str) -> tuple[Any, Any]:
     """A detector and its image processor; the last one stays in memory."""
     if not model_name:
         raise ValueError("Name a model: a directory, or an id on the Hub.")
-    model, processor = load_detector(model_name)
-    return model.eval(), processor
+    return load_for_inference(model_name)
 
 
 def analyse(path: str | None, model_name: str, threshold: float) -> tuple[Any, ...]:

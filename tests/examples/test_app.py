@@ -32,7 +32,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
-    """An untrained detector that finds a few things, as surely as the thresholds above tell."""
+    """An untrained detector with a few scores above each of the thresholds."""
     torch.manual_seed(0)
     model, processor = build_detector()
     for head in model.model.heads:
@@ -211,6 +211,7 @@ def test_page_loads_without_the_network(page, server):
 def test_upload_shows_the_boxes_that_a_pipeline_finds(page_with_boxes, model_directory, scene):
     found = pipeline("object-detection", model=str(model_directory))(str(scene), threshold=LOW)
 
+    page_with_boxes.wait_for(lambda: len(page_with_boxes.rows()) == len(found))
     rows = page_with_boxes.rows()
     assert page_with_boxes.message().startswith(f"{len(found)} of 100 ")
     assert [row[:2] for row in rows] == [[each["label"], f"{each['score']:.2f}"] for each in found]
@@ -221,7 +222,7 @@ def test_upload_shows_the_boxes_that_a_pipeline_finds(page_with_boxes, model_dir
 
 
 def test_boxes_are_drawn_into_the_picture(page_with_boxes, scene, detections):
-    drawn = page_with_boxes.picture()
+    drawn = page_with_boxes.wait_for(page_with_boxes.picture)
 
     plain = Image.open(scene).resize(drawn.size, Image.Resampling.BICUBIC)
     difference = np.abs(np.asarray(drawn, dtype=int) - np.asarray(plain)).max(-1)
@@ -240,8 +241,8 @@ def test_threshold_changes_the_number_of_boxes(page_with_boxes, detections):
     page_with_boxes.set_threshold(HIGH)
 
     page_with_boxes.wait_for_message(f"{few} of 100 detections score above {HIGH:.2f}")
-    assert len(page_with_boxes.rows()) == few
-    assert page_with_boxes.picture().tobytes() != before.tobytes()
+    page_with_boxes.wait_for(lambda: len(page_with_boxes.rows()) == few)
+    page_with_boxes.wait_for(lambda: page_with_boxes.picture().tobytes() != before.tobytes())
 
 
 def test_click_explains_the_query_of_the_box(page_with_boxes, detections):
@@ -264,6 +265,7 @@ def test_click_beside_all_boxes_says_so(page_with_boxes, detections):
 
 
 def test_row_of_the_table_explains_its_query(page_with_boxes):
+    page_with_boxes.wait_for(lambda: len(page_with_boxes.rows()) > 1)
     query = page_with_boxes.rows()[1][2]
 
     page_with_boxes.find_all("#table [role=gridcell][data-row='1']")[0].click()
@@ -278,8 +280,8 @@ def test_file_that_is_no_picture_gets_a_message_and_no_boxes(page_with_boxes, tm
     page_with_boxes.upload(tmp_path / "notes.png")
 
     page_with_boxes.wait_for_message("The picture notes.png cannot be read")
-    assert page_with_boxes.find_all("#detections img") == []
-    assert page_with_boxes.rows() == []
+    page_with_boxes.wait_for(lambda: not page_with_boxes.find_all("#detections img"))
+    page_with_boxes.wait_for(lambda: not page_with_boxes.rows())
 
 
 def test_name_without_a_model_gets_a_message_and_the_next_name_works(page, model_directory):
@@ -321,7 +323,7 @@ def test_space_made_of_the_folders_serves_the_page(browser, model_directory, tmp
     for folder in ("hf_querydet", "csrc"):
         shutil.copytree(ROOT / folder, space / folder)
 
-    # Where the package is not installed; MODEL is a variable of the Space.
+    # The folder's own copy of the package comes before an installed one.
     with Server(space / "app.py", MODEL=str(model_directory), PYTHONPATH="") as running:
         page = Page(browser, running.url)
 
