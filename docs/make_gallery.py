@@ -8,14 +8,17 @@ already is used as it is. The pictures show held-out scenes.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
 from transformers import set_seed
 
 from hf_querydet import VARIANTS, load_detector
 from hf_querydet.demo import (
     BACKBONE,
     DETECTOR,
+    ENLARGEMENT,
     HELD_OUT_SEED,
     NUM_STEPS,
     SCENE_SIZE,
@@ -24,8 +27,22 @@ from hf_querydet.demo import (
     ShapeScenes,
     train_on_scenes,
 )
+from hf_querydet.visualization import (
+    draw_comparison,
+    draw_detections,
+    explain,
+    explain_assignment,
+    record,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_SCENES, NUM_HELD_OUT = 2000, 100
+# Chosen by looking at them.
+DRAWN_SCENES, EXPLAINED_SCENE = (0, 1, 2), 0
+THRESHOLD = 0.3
+NUM_COLORS, MOST_BYTES = 96, 80_000
 SMALL = {name: value for name, value in DETECTOR.items() if name != "num_feature_levels"}
 STAGES = {
     name: SMALL[name]
@@ -72,6 +89,56 @@ def train(variant: str, directory: Path, num_steps: int) -> None:
     print(f"{variant}: AP50 {metrics['map_50']:.2f} on {NUM_HELD_OUT} held-out scenes")
 
 
+def draw(models: Path, output: Path) -> None:
+    """Draw what the detectors find and look at."""
+    scenes = ShapeScenes(NUM_HELD_OUT, seed=HELD_OUT_SEED)
+    output.mkdir(parents=True, exist_ok=True)
+    detector, processor = load_detector(models / "efficient_detr")
+    detector.eval()
+    id2label = detector.config.id2label
+    found, compared = [], []
+    for index in DRAWN_SCENES:
+        scene = scenes[index]
+        detections = record(detector, processor, scene["image"])[0].detections
+        sure = {key: values[detections["scores"] > THRESHOLD] for key, values in detections.items()}
+        options = {"id2label": id2label, "scale": ENLARGEMENT}
+        found.append(draw_detections(scene["image"], sure, **options))
+        compared.append(draw_comparison(scene["image"], sure, scene["annotations"], **options))
+    save_small(side_by_side(found), output / "detections.png")
+    save_small(side_by_side(compared), output / "comparison.png")
+    scene = scenes[EXPLAINED_SCENE]
+    assignment = explain_assignment(detector, processor, scene["image"], scene["annotations"])
+    save_small(as_picture(assignment.figure()), output / "assignment.png")
+    for variant in SETTINGS:
+        detector, processor = load_detector(models / variant)
+        explanation = explain(detector.eval(), processor, scene["image"])
+        save_small(as_picture(explanation.figure()), output / f"explain_{variant}.png")
+
+
+def as_picture(figure: "Figure") -> Image.Image:
+    """The pixels of a figure."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row."""
+    return Image.fromarray(np.concatenate([np.asarray(each) for each in pictures], axis=1))
+
+
+def save_small(picture: Image.Image, path: Path) -> None:
+    """Write a PNG of few colours, shrunk until its file is small enough for a repository."""
+    width = picture.width
+    while True:
+        size = (width, round(picture.height * width / picture.width))
+        shrunk = picture.resize(size, Image.Resampling.LANCZOS)
+        shrunk.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+        if path.stat().st_size <= MOST_BYTES:
+            print(f"{path}: {path.stat().st_size // 1000} KB")
+            return
+        width = round(0.9 * width)
+
+
 def main() -> None:
     """Train what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -83,7 +150,7 @@ def main() -> None:
         directory = options.models / variant
         if not (directory / "config.json").exists():
             train(variant, directory, options.steps)
-        load_detector(directory)
+    draw(options.models, options.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_querydet.cli.options import Model, OnCPU, Revision, start_process
+from hf_querydet.cli.options import Model, OnCPU, Revision
 
 
 def explain(
@@ -39,8 +39,9 @@ def explain(
             raise typer.BadParameter(
                 f"--query must be 'best' or a whole number, got {query!r}."
             ) from error
-    device = start_process(cpu).device
-    detector, processor = load_for_inference(model, device=device, revision=revision)
+    detector, processor = load_for_inference(
+        model, device="cpu" if cpu else None, revision=revision
+    )
     explanation = explain(detector, processor, image, query)
     path = output / f"{Path(image).stem}_query_{explanation.query}.png"
     explanation.save(path, head=head)

@@ -311,6 +311,10 @@ def assignment_figure(assignment: Assignment) -> Figure:
 def _draw_costs(table: Axes, assignment: Assignment, colors: Sequence[Any]) -> None:
     """Query and cost of every object (row) in every layer (column), dearer ones darker."""
     num_layers, num_objects = len(assignment.layers), len(assignment.names)
+    if num_objects == 0:
+        table.set_axis_off()
+        table.text(0.5, 0.5, "no objects", ha="center", transform=table.transAxes)
+        return
     costs = np.full((num_objects, num_layers), np.nan)
     for column, layer in enumerate(assignment.layers):
         for row, assigned in enumerate(layer):
