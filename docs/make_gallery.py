@@ -48,20 +48,20 @@ STAGES = {
     name: SMALL[name]
     for name in ("num_queries", "d_model", "decoder_attention_heads", "decoder_ffn_dim", "dropout")
 }
-# The first is the demo's. Maps of stride 8 for those that attend to cells: the scenes are small.
+# The first is the demo's. Maps of stride 16 for those that attend to cells: the scenes are small.
 SETTINGS: dict[str, dict[str, Any]] = {
     "efficient_detr": {**DETECTOR, "backbone_config": BACKBONE},
     "conditional_detr": {
         **SMALL,
         "decoder_layers": 3,
-        "backbone_config": {**BACKBONE, "out_indices": [2]},
+        "backbone_config": {**BACKBONE, "out_indices": [3]},
     },
     "anchor_detr": {
         **{name: value for name, value in SMALL.items() if name != "num_queries"},
         "num_query_positions": 30,
         "num_query_patterns": 1,
         "decoder_layers": 3,
-        "backbone_config": {**BACKBONE, "out_indices": [2]},
+        "backbone_config": {**BACKBONE, "out_indices": [3]},
     },
     "sparse_rcnn": {
         **STAGES,

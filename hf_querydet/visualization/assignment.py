@@ -14,7 +14,7 @@ from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.outputs import SetPredictions
 from hf_querydet.recording import PictureFrame
 from hf_querydet.visualization.comparison import read_objects
-from hf_querydet.visualization.drawing import rgb_picture
+from hf_querydet.visualization.drawing import require_matplotlib, rgb_picture
 from hf_querydet.visualization.explanation import (
     check_detector,
     read_one_picture,
@@ -68,15 +68,17 @@ class Assignment:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from hf_querydet.visualization.figures import assignment_figure
+        require_matplotlib()
+        from hf_querydet.visualization.assignment_figure import assignment_figure
 
         return assignment_figure(self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the figure to a file, whose suffix is its format (png, jpg, pdf, svg)."""
-        from hf_querydet.visualization.figures import save_figure
+        figure = self.figure()
+        from hf_querydet.visualization.panels import save_figure
 
-        save_figure(self.figure(), path)
+        save_figure(figure, path)
 
 
 @torch.no_grad()

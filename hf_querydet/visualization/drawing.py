@@ -99,6 +99,20 @@ def enlargement(width: int, height: int) -> int:
     return max(1, -(-READABLE_SIDE // max(width, height)))
 
 
+def require_matplotlib() -> None:
+    """Raise an error that says how to install it; boxes need PIL alone, figures need it.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Figures need matplotlib; install it with pip install 'hf_querydet[plots]'."
+        ) from error
+
+
 def rgb_picture(image: Any) -> Image.Image:
     """Any picture as an RGB picture of 8 bits, upright; what an image processor sees."""
     pixels = read_picture(image).permute(1, 2, 0)

@@ -15,7 +15,7 @@ from hf_querydet.image_reading import flatten_pictures
 from hf_querydet.modeling_utils import DetectorPreTrainedModel, ObjectDetectionMixin
 from hf_querydet.outputs import DetectionOutput
 from hf_querydet.recording import DecoderRecording, Evidence, PictureFrame
-from hf_querydet.visualization.drawing import rgb_picture
+from hf_querydet.visualization.drawing import require_matplotlib, rgb_picture
 
 BEST = "best"
 
@@ -73,7 +73,8 @@ class Explanation:
             ImportError: If matplotlib is missing.
             ValueError: If there is no such head.
         """
-        from hf_querydet.visualization.figures import explanation_figure
+        require_matplotlib()
+        from hf_querydet.visualization.explanation_figure import explanation_figure
 
         return explanation_figure(self, head=head)
 
@@ -84,9 +85,10 @@ class Explanation:
             path: Its suffix is the format: png, jpg, pdf, svg. Missing directories are created.
             head: See :meth:`figure`.
         """
-        from hf_querydet.visualization.figures import save_figure
+        figure = self.figure(head=head)
+        from hf_querydet.visualization.panels import save_figure
 
-        save_figure(self.figure(head=head), path)
+        save_figure(figure, path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Figures of explanations."""
 
-import builtins
 import sys
 
 import numpy as np
@@ -159,14 +158,6 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_missing_matplotlib_is_named_with_its_remedy(monkeypatch):
-    real_import = builtins.__import__
-
-    def no_matplotlib(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "hf_querydet.visualization.figures", raising=False)
-    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'hf_querydet\[plots\]'"):
         explanation(Region(BOX, 8)).figure()
