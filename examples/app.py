@@ -35,8 +35,12 @@ EXPIRED = "This picture is no longer kept; upload it again."
 ERRORS = (OSError, ValueError, ImportError, RuntimeError)
 # All that runs the model queues up together: it is one model on one machine.
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
-# Without the button that would upload the picture elsewhere.
-STATIC_IMAGE = {"interactive": False, "buttons": ["download", "fullscreen"]}
+# Without the label, which would lie on the picture, and the button that would upload it elsewhere.
+STATIC_IMAGE = {
+    "interactive": False,
+    "show_label": False,
+    "buttons": ["download", "fullscreen"],
+}
 COLUMNS = ["label", "score", "query", "left", "top", "right", "bottom"]
 INTRODUCTION = """# Query-based object detection
 Upload a picture, move the threshold, and click a box (or its row) to see why its query fired."""
@@ -171,6 +175,7 @@ def build_page(model_name: str, threshold: float) -> gr.Blocks:
                 shown = gr.Image(
                     label="Detections", type="pil", elem_id="detections", **STATIC_IMAGE
                 )
+        gr.Markdown("### Why it fired")
         figure = gr.Image(label="Why it fired", format="png", elem_id="explanation", **STATIC_IMAGE)
         table = gr.Dataframe(
             headers=COLUMNS, label="Detections", interactive=False, max_height=300, elem_id="table"
