@@ -26,7 +26,7 @@ from hf_querydet.inference import load_for_inference
 from hf_querydet.visualization import PictureRecording, draw_detections, record
 
 DEFAULT_MODEL = "facebook/detr-resnet-50"
-DEFAULT_THRESHOLD = 0.3
+FIRST_THRESHOLD = 0.3
 LONGEST_SIDE = 1600  # of what is sent to the browser, pixels
 LARGEST_UPLOAD = "30mb"
 SECONDS_KEPT = 3600  # uploads, and what was recorded of them
@@ -148,8 +148,8 @@ def explain_query(recording: PictureRecording, query: int) -> tuple[Image.Image,
     return Image.open(buffer), f"Query {query}: {last.label} with score {last.score:.2f}."
 
 
-def build_page(model_name: str, threshold: float) -> gr.Blocks:
-    """The page, with what its fields say at first."""
+def build_page(model_name: str) -> gr.Blocks:
+    """The page, with the model that it begins with."""
     with gr.Blocks(
         title="Query-based object detection",
         analytics_enabled=False,
@@ -168,7 +168,7 @@ def build_page(model_name: str, threshold: float) -> gr.Blocks:
                 )
                 upload = gr.File(label="Picture", height=140, elem_id="upload")
                 slider = gr.Slider(
-                    0.01, 0.99, threshold, step=0.01, label="Threshold", elem_id="threshold"
+                    0.01, 0.99, FIRST_THRESHOLD, step=0.01, label="Threshold", elem_id="threshold"
                 )
                 message = gr.Markdown(elem_id="message")
             with gr.Column(scale=3):
@@ -209,14 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
-        default=os.environ.get("MODEL", DEFAULT_MODEL),
-        help="directory or Hub id; by default the environment variable MODEL, else %(default)s",
+        default=os.environ.get("HF_QUERYDET_MODEL", DEFAULT_MODEL),
+        help=f"directory or Hub id; by default what HF_QUERYDET_MODEL names, else {DEFAULT_MODEL}",
     )
-    parser.add_argument("--threshold", type=float, default=DEFAULT_THRESHOLD)
     parser.add_argument("--host", help="address to listen on, by default this machine alone")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     options = parser.parse_args()
-    build_page(options.model, options.threshold).launch(
+    build_page(options.model).launch(
         server_name=options.host,
         server_port=options.port,
         max_file_size=LARGEST_UPLOAD,

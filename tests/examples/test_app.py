@@ -324,7 +324,7 @@ def test_space_made_of_the_folders_serves_the_page(browser, model_directory, tmp
         shutil.copytree(ROOT / folder, space / folder)
 
     # The folder's own copy of the package comes before an installed one.
-    with Server(space / "app.py", MODEL=str(model_directory), PYTHONPATH="") as running:
+    with Server(space / "app.py", HF_QUERYDET_MODEL=str(model_directory), PYTHONPATH="") as running:
         page = Page(browser, running.url)
 
     assert "EfficientDETRForObjectDetection with 4 labels" in page.message()
