@@ -108,9 +108,10 @@ def browser():
     options = webdriver.ChromeOptions()
     for option in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1280,1500"):
         options.add_argument(f"--{option}")
-    # The driver by name, or selenium would look for one on the network.
-    service = Service(shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
+    # Selenium would look for a driver on the network.
+    path = shutil.which("chromedriver")
+    assert path, "needs chromedriver: apt-get install chromium chromium-driver"
+    driver = webdriver.Chrome(options=options, service=Service(path))
     yield driver
     driver.quit()
 
