@@ -35,10 +35,15 @@ REQUIREMENTS = [
 ]
 EXTRAS = {
     "plots": ["matplotlib>=3.8"],
+    "demo": ["gradio>=6.0,<7"],  # a new major version renames what a page is made of
+    "browser": ["selenium>=4.30"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
     "dev": ["pytest>=8", "pycocotools>=2.0.8", "ruff>=0.12", "tensorboard>=2.16"],
 }
 EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["plots"]
+EXTRAS["demo"] += EXTRAS["plots"]
+# For the tests of the page, which need Chromium and its driver beside it.
+EXTRAS["browser"] += EXTRAS["demo"]
 
 
 def kernel_extensions() -> dict:

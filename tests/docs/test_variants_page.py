@@ -18,7 +18,11 @@ LINKED_NAMES = sorted(set(re.findall(r"\[`([\w.]+)`\]\[([\w-]+)\]", TEXT)))
 OTHER_NAMES = sorted(
     set(re.findall(r"`([^`]+)`", re.sub(r"\[`[^]]*\]\[[\w-]+\]|```.*?```", "", TEXT, flags=re.S)))
 )
-COMMANDS = {"hf-querydet info"}
+COMMANDS = {
+    "hf-querydet info",
+    "hf-querydet explain demo scene.png",
+    "python examples/app.py --model demo",
+}
 
 
 def defined_names(path):

@@ -553,11 +553,13 @@ def sigmoid_outputs(dtype=torch.float32):
 
 
 def test_sigmoid_reads_the_best_pairs_of_query_and_class():
-    scores, labels, queries = decode_sigmoid_scores(sigmoid_outputs().logits, top_k=3)
+    scores, labels, queries = decode_sigmoid_scores(sigmoid_outputs().logits, top_k=4)
 
-    torch.testing.assert_close(scores, torch.tensor([[0.9, 0.7, 0.6], [0.8, 0.07, 0.06]]))
-    assert labels.tolist() == [[0, 1, 2], [2, 2, 1]]
-    assert queries.tolist() == [[0, 1, 1], [1, 0, 0]]
+    torch.testing.assert_close(
+        scores, torch.tensor([[0.9, 0.7, 0.6, 0.3], [0.8, 0.07, 0.06, 0.05]])
+    )
+    assert labels.tolist() == [[0, 1, 2, 0], [2, 2, 1, 0]]
+    assert queries.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("top_k", [None, 6, 100])
