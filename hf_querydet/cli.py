@@ -1,5 +1,7 @@
 """The command `hf-querydet`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +60,96 @@ def info(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(format_parts(model_info(config, size=size)))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' file, mostly .pth.")],
+    output_dir: Annotated[Path, typer.Argument(help="Directory to create.")],
+    variant: Annotated[
+        str, typer.Option("--variant", help="detr, deformable_detr, conditional_detr, ...")
+    ],
+    dc5: Annotated[
+        bool | None,
+        typer.Option("--dc5/--no-dc5", help="Whether the last backbone stage is dilated."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="json with configuration fields that are not inferred."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="'coco', or a file: a name per line, or json."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Repository to upload the result to.")
+    ] = None,
+) -> None:
+    """Make a model directory from a checkpoint of a detector's authors."""
+    import json
+
+    from hf_querydet.conversion import convert_checkpoint
+    from hf_querydet.conversion.labels import COCO, read_labels
+
+    with _plain_errors():
+        overrides = json.loads(config.read_text(encoding="utf-8")) if config else {}
+        if not isinstance(overrides, dict):
+            raise ValueError(f"{config} must hold an object with fields of the configuration.")
+        conversion = convert_checkpoint(
+            checkpoint,
+            output_dir,
+            variant,
+            dilation=dc5,
+            overrides=overrides,
+            labels=labels if labels in (None, COCO) else read_labels(labels),
+        )
+    typer.echo(f"{type(conversion.model).__name__}: {output_dir}")
+    typer.echo(conversion.summary())
+    if push_to_hub is not None:
+        _push(output_dir, push_to_hub)
+
+
+@app.command()
+def export_transformers(
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of a detector.")],
+    output_dir: Annotated[Path, typer.Argument(help="Directory to create.")],
+) -> None:
+    """Make a directory that transformers loads with its own class of the same detector."""
+    from hf_querydet.conversion import export_transformers
+
+    with _plain_errors():
+        their_class = export_transformers(model, output_dir)
+    typer.echo(f"transformers.{their_class.__name__}: {output_dir}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What the user can put right is told without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+def _push(directory: Path, repo_id: str) -> None:
+    """Upload a directory. If that fails, it is all on the disk, and one command away."""
+    import shlex
+
+    from huggingface_hub import create_repo, upload_folder
+
+    try:
+        url = create_repo(repo_id, exist_ok=True)
+        upload_folder(repo_id=url.repo_id, folder_path=directory)
+    except Exception as error:  # no network, no such token, no such name, no space left, ...
+        command = shlex.join(["hf", "upload", repo_id, str(directory.resolve())])
+        typer.echo(
+            f"Not pushed to {repo_id}: {error}\nNothing is lost: the model is in {directory}. "
+            f"To push it again:\n{command}",
+            err=True,
+        )
+        raise typer.Exit(1) from error
+    typer.echo(f"pushed: {url}")
 
 
 @app.command()

@@ -138,11 +138,16 @@ def write_directory(directory: str | os.PathLike, write: Callable[[Path], None])
         directory: What to create.
         write: Fills the directory that it is given, one beside the final place.
     """
-    directory = Path(directory)
+    # Resolved, or "." would have no name.
+    directory = Path(directory).resolve()
     partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finish_directory(partial, directory)
 
 

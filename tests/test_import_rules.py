@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "evaluation": {"image_processing_utils", "ops"},
     "registration": {"models", *UTILS},
     "training": ABOVE_VARIANTS,
+    "conversion": {*ABOVE_VARIANTS, "configuration_utils", "modeling_utils", "training"},
     "model_info": {"registration", "configuration_utils"},
     "cli": EVERYTHING,
     "demo": EVERYTHING,
