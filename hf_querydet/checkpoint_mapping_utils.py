@@ -18,18 +18,19 @@ Names = Mapping[str, str | tuple[str, ...] | None]
 
 # ---- transformers' files -------------------------------------------------------------------------
 
-# Some networks call parts as a transformer does (Swin: encoder.layers). The expressions below
-# therefore name the layers they mean, or what does not stand in front of them.
+# Some networks call parts as a transformer does (Swin: encoder.layers, mlp.fc1). The expressions
+# below therefore name the layers that they mean.
 TRANSFORMERS_BACKBONE = {
     # transformers' own networks.
-    r"\bbackbone\.(?:conv_encoder\.)?model\.(?=embedd|encoder\.|hidden_states_norms)": (
+    r"\bbackbone\.(?:conv_encoder\.)?model\.(?=embedd|encoder\.|hidden_states_norms|swin\.)": (
         "backbone.body."
     ),
     # timm's modules lie directly below the wrapper.
     r"\bbackbone\.(?:conv_encoder\.)?model\.": "backbone.body._backbone.",
 }
 TRANSFORMERS_LAYERS = {
-    r"(?<!body\.)\bencoder\.layers\.": "encoder_layers.",
+    r"^encoder\.layers\.": "encoder_layers.",
+    r"^model\.encoder\.layers\.": "model.encoder_layers.",
     r"\bdecoder\.layers\.": "decoder_layers.",
     r"\bdecoder\.layernorm\.": "decoder_norm.",
     r"coder_layers\.(\d+)\.self_attn\.o(?:ut)?_proj\.": r"coder_layers.\1.self_attention.out_proj.",

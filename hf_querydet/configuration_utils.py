@@ -13,6 +13,8 @@ from transformers.models.timm_backbone import TimmBackboneConfig
 
 # A variant's type here is its type in transformers, where there is one, with this in front.
 MODEL_TYPE_PREFIX = "querydet_"
+# Keywords of loading that say where from; the others change the configuration.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 # The ImageNet weights of the papers are torchvision's first ones. timm's plain "resnet50" points to
 # weights of a later recipe.
 DEFAULT_BACKBONE = "resnet50.tv_in1k"

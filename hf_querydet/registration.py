@@ -19,7 +19,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from hf_querydet.checkpoint_mapping_utils import AuthorsFormat, weight_renamings
-from hf_querydet.configuration_utils import MODEL_TYPE_PREFIX, DetectorConfig
+from hf_querydet.configuration_utils import HUB_OPTIONS, MODEL_TYPE_PREFIX, DetectorConfig
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.models.anchor_detr import (
@@ -86,8 +86,6 @@ from hf_querydet.models.sparse_rcnn import (
 from hf_querydet.models.sparse_rcnn.checkpoint_mapping import AUTHORS as SPARSE_RCNN_AUTHORS
 from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.recipe_utils import Recipe
-
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
 
 @dataclass(frozen=True)

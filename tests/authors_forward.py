@@ -606,8 +606,8 @@ def pooled(levels, boxes, bins):
     flat = boxes.flatten(0, 1)
     area = (flat[:, 2] - flat[:, 0]) * (flat[:, 3] - flat[:, 1])
     level_of = (4 + (area.sqrt() / 224 + 1e-8).log2()).floor().clamp(2, 5)
-    which = torch.arange(batch).repeat_interleave(count)[:, None].float()
-    out = torch.zeros(len(flat), levels[0].shape[1], bins, bins)
+    which = torch.arange(batch).repeat_interleave(count)[:, None].to(flat)
+    out = levels[0].new_zeros(len(flat), levels[0].shape[1], bins, bins)
     for level, features in enumerate(levels, 2):
         chosen = level_of == level
         out[chosen] = roi_align(

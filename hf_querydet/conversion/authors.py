@@ -250,7 +250,7 @@ def _rename(
         for target, part in zip(targets, parts, strict=True):
             if target in result and not _equal(part, result[target]):
                 unequal.append(f"  {original_names[target]} and {name}")
-            result[target] = part.contiguous()
+            result[target] = part.contiguous()  # a part of a matrix would keep all of it
             original_names[target] = name
     if unequal:
         raise CheckpointError(

@@ -97,15 +97,13 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        # Only so much of torch's message tells the two apart.
-        refused = re.search(
-            r"(?:Unsupported|GLOBAL|class) [\w ]*?:? ?(?:GLOBAL )?([\w.]+\.\w+)", str(error)
-        )
-        if isinstance(error, pickle.UnpicklingError) and refused:
+        # Only torch's message tells what it has refused.
+        refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        if refused:
             raise CheckpointError(
-                f"{path} holds an object of {refused[1]}, and reading it would run code that comes "
-                "with the file. Only tensors, numbers and the settings of a training script are "
-                "read. If you trust the file, write one with the model alone:\n"
+                f"{path} holds {refused[1]}, and reading that may run code of the file. Only "
+                "tensors, numbers and the settings of a training script are read. If you trust the "
+                "file, write one with the model alone:\n"
                 "  import torch\n"
                 f"  checkpoint = torch.load({str(path)!r}, weights_only=False)\n"
                 "  torch.save({'model': checkpoint['model']}, 'model_only.pth')"
@@ -139,4 +137,4 @@ def _described(value: Any) -> str:
     if isinstance(value, Mapping):
         keys = ", ".join(repr(key) for key in list(value)[:8])
         return f"a dictionary with {keys or 'nothing in it'}"
-    return f"a {type(value).__name__}"
+    return f"an object of type {type(value).__name__}"

@@ -21,6 +21,9 @@ from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.registration import VARIANTS, load_detector, variant_of
 from hf_querydet.training import write_directory
 
+# transformers' processors take no shortest edge without a limit of the longest.
+NO_LIMIT = 1_000_000
+
 
 def export_transformers(
     name_or_path: str | os.PathLike, output_dir: str | os.PathLike
@@ -130,6 +133,9 @@ def _transformers_processor(processor: DetectionImageProcessor, config: PreTrain
     possible = set(their_class.valid_kwargs.__annotations__) | set(dir(their_class))
     settings = {name: value for name, value in processor.to_dict().items() if name in possible}
     settings.pop("image_processor_type", None)
+    size = dict(settings["size"])
+    if set(size) == {"shortest_edge"}:
+        settings["size"] = {**size, "longest_edge": NO_LIMIT}
     return their_class(**settings)
 
 

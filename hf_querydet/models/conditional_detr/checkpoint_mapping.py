@@ -80,7 +80,7 @@ def authors_names(config: Any) -> Names:
     if config.decoder_layers > 1:
         return AUTHORS_NAMES
     # One layer has no use for it.
-    return {r"^transformer\.decoder\.query_scale\.": None, **AUTHORS_NAMES}
+    return AUTHORS_NAMES | {r"^transformer\.decoder\.query_scale\.": None}
 
 
 def authors_config(tensors: AuthorsTensors, known: Mapping[str, Any]) -> dict[str, Any]:

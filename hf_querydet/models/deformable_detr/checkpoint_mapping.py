@@ -9,6 +9,7 @@ transformers' files are called by ``DeformableDETRPreTrainedModel.from_pretraine
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -143,6 +144,26 @@ def heads_of(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     """The heads of a detector or of its base model, and what their names begin with."""
     base = getattr(model, model.base_model_prefix, model)
     return base.heads, "heads." if base is model else f"{model.base_model_prefix}.heads."
+
+
+def check_keeps_refinement(stored: Mapping[str, Any], name_or_path: str | os.PathLike) -> None:
+    """Refuse to load a file with a head for each layer into a detector with one head.
+
+    Nothing else would tell: files without refinement may hold copies of their one head.
+
+    Args:
+        stored: Content of the file's config.json.
+        name_or_path: Where it is, for the message.
+
+    Raises:
+        ValueError: If the file's detector refines boxes.
+    """
+    if stored.get("with_box_refine"):
+        raise ValueError(
+            f"with_box_refine=False, but {name_or_path} holds a detector with box refinement, "
+            "whose layers have heads of their own; all but the first would be lost. Leave out "
+            "with_box_refine."
+        )
 
 
 def lacks_its_one_head(model: PreTrainedModel, info: dict[str, Any]) -> bool:
