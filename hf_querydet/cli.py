@@ -1,9 +1,11 @@
 """The command `hf-querydet`."""
 
+import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,15 +88,11 @@ def convert(
     ] = None,
 ) -> None:
     """Make a model directory from a checkpoint of a detector's authors."""
-    import json
-
     from hf_querydet.conversion import convert_checkpoint
     from hf_querydet.conversion.labels import COCO, read_labels
 
     with _plain_errors():
-        overrides = json.loads(config.read_text(encoding="utf-8")) if config else {}
-        if not isinstance(overrides, dict):
-            raise ValueError(f"{config} must hold an object with fields of the configuration.")
+        overrides = {} if config is None else _read_fields(config)
         conversion = convert_checkpoint(
             checkpoint,
             output_dir,
@@ -122,6 +120,16 @@ def export_transformers(
     typer.echo(f"transformers.{their_class.__name__}: {output_dir}")
 
 
+def _read_fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no json file: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold an object with fields of the configuration.")
+    return fields
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """What the user can put right is told without a traceback."""
@@ -134,8 +142,6 @@ def _plain_errors() -> Iterator[None]:
 
 def _push(directory: Path, repo_id: str) -> None:
     """Upload a directory. If that fails, it is all on the disk, and one command away."""
-    import shlex
-
     from huggingface_hub import create_repo, upload_folder
 
     try:

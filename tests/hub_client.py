@@ -19,8 +19,10 @@ from transformers import (
     pipeline,
 )
 from transformers.utils.logging import disable_progress_bar
+from typer.testing import CliRunner
 
 from hf_querydet import VARIANTS, load_detector
+from hf_querydet.cli import app
 from hf_querydet.data import DetectionCollator
 
 
@@ -130,6 +132,12 @@ def train_and_push(name, repo_id):
         trainer.train()
         trainer.push_to_hub()
     return facts(model, processor)
+
+
+def run_command(*arguments):
+    """Exit code and output of `hf-querydet`."""
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
 
 
 def message(function, *args, **kwargs):

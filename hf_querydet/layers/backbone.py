@@ -266,8 +266,10 @@ def _timm_stages(body: nn.Module) -> list[list[nn.Module]] | None:
 
 
 def _transformers_stages(body: PreTrainedModel) -> list[list[nn.Module]] | None:
-    stem = next((getattr(body, name) for name in STEM_NAMES if hasattr(body, name)), None)
-    encoder = getattr(body, "encoder", None)
+    # Some backbones are the network itself, some have it inside (Swin).
+    network = body.base_model
+    stem = next((getattr(network, name) for name in STEM_NAMES if hasattr(network, name)), None)
+    encoder = getattr(network, "encoder", None)
     stages = getattr(encoder, "stages", None) or getattr(encoder, "layers", None)
     if stem is None or stages is None or len(stages) != len(body.stage_names) - 1:
         return None
