@@ -5,7 +5,7 @@ A table maps regular expressions for names in other files to names here, see a v
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,11 @@ AUTHORS_IGNORED: Names = {
     r"\bnum_batches_tracked$": None,
     r"\btotal_(?:params|ops)$": None,
 }
+# Tables of rows and columns, where positions are learned.
+AUTHORS_POSITIONS: Names = {
+    r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
+    r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
+}
 AUTHORS_BACKBONE: Names = {r"^backbone\.(?:0\.)?body\.": "model.backbone.body._backbone."}
 # Query, key and value are one matrix of three times the rows.
 AUTHORS_SELF_ATTENTION: Names = {
@@ -72,6 +77,24 @@ AUTHORS_SELF_ATTENTION: Names = {
 AUTHORS_FEED_FORWARD: Names = {
     r"\.linear1\.": ".feed_forward.expand.",
     r"\.linear2\.": ".feed_forward.contract.",
+}
+# What Conditional DETR has from DETR.
+AUTHORS_DETR_NAMES: Names = {
+    **AUTHORS_IGNORED,
+    **AUTHORS_BACKBONE,
+    **AUTHORS_POSITIONS,
+    r"^input_proj\.": "model.input_projection.",
+    r"^query_embed\.": "model.query_position_embeddings.",
+    r"^transformer\.(en|de)coder\.layers\.": r"model.\1coder_layers.",
+    r"^transformer\.decoder\.norm\.": "model.decoder_norm.",
+    **AUTHORS_SELF_ATTENTION,
+    r"coder_layers\.(\d+)\.norm1\.": r"coder_layers.\1.self_attention_norm.",
+    r"encoder_layers\.(\d+)\.norm2\.": r"encoder_layers.\1.feed_forward.norm.",
+    r"decoder_layers\.(\d+)\.norm2\.": r"decoder_layers.\1.cross_attention_norm.",
+    r"decoder_layers\.(\d+)\.norm3\.": r"decoder_layers.\1.feed_forward.norm.",
+    **AUTHORS_FEED_FORWARD,
+    r"^class_embed\.": "class_head.",
+    r"^bbox_embed\.": "box_head.",
 }
 # Options of the authors' training scripts, which their checkpoints carry as `args`, and the fields
 # that hold them. What tensors tell is read from tensors.
@@ -200,10 +223,27 @@ def layer_sizes(tensors: AuthorsTensors, layers: str, linear: str = "linear1") -
     return fields
 
 
-def refuse_pre_norm(names: Iterable[str]) -> None:
-    """Raise a :class:`CheckpointError` where an encoder has a final norm, as pre-norm ones have."""
-    if "transformer.encoder.norm.weight" in names:
+def position_embedding_type(tensors: AuthorsTensors) -> dict[str, str]:
+    """The field of that name: tables are stored, the sine embedding is not."""
+    has_tables = "backbone.1.row_embed.weight" in tensors
+    return {"position_embedding_type": "learned" if has_tables else "sine"}
+
+
+def detr_fields(tensors: AuthorsTensors) -> dict[str, Any]:
+    """Fields that tensors by :data:`AUTHORS_DETR_NAMES` tell.
+
+    Raises:
+        CheckpointError: If the checkpoint was trained with the pre-norm option.
+    """
+    if "transformer.encoder.norm.weight" in tensors:
         raise CheckpointError(
             "The checkpoint was trained with pre_norm, which this library does not offer; "
             "none of the authors' released models has it."
         )
+    return {
+        **tensors.resnet(),
+        **layer_sizes(tensors, "transformer.{}.layers"),
+        **position_embedding_type(tensors),
+        "num_queries": tensors.size("query_embed.weight"),
+        "d_model": tensors.size("query_embed.weight", 1),
+    }

@@ -8,17 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_querydet.checkpoint_mapping_utils import (
-    AUTHORS_BACKBONE,
-    AUTHORS_FEED_FORWARD,
-    AUTHORS_IGNORED,
-    AUTHORS_SELF_ATTENTION,
+    AUTHORS_DETR_NAMES,
     TRANSFORMERS_BACKBONE,
     TRANSFORMERS_LAYERS,
     AuthorsFormat,
     AuthorsTensors,
     Names,
-    layer_sizes,
-    refuse_pre_norm,
+    detr_fields,
 )
 
 # The decoder's projections in the authors' files and in repositories on the Hub: ``sa_``
@@ -51,27 +47,11 @@ TRANSFORMERS_NAMES = {
 
 # github.com/Atten4Vis/ConditionalDETR
 AUTHORS_NAMES: Names = {
-    **AUTHORS_IGNORED,
-    **AUTHORS_BACKBONE,
-    r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
-    r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
-    r"^input_proj\.": "model.input_projection.",
-    r"^query_embed\.": "model.query_position_embeddings.",
-    r"^transformer\.(en|de)coder\.layers\.": r"model.\1coder_layers.",
-    r"^transformer\.decoder\.norm\.": "model.decoder_norm.",
-    r"^transformer\.decoder\.query_scale\.": "model.query_scale.",
-    r"^transformer\.decoder\.ref_point_head\.": "model.reference_point_head.",
-    # Fused in the encoder only.
-    **AUTHORS_SELF_ATTENTION,
+    **AUTHORS_DETR_NAMES,
     **DECODER_PROJECTIONS,
     r"\.cross_attn\.out_proj\.": ".cross_attention.out_proj.",
-    r"coder_layers\.(\d+)\.norm1\.": r"coder_layers.\1.self_attention_norm.",
-    r"encoder_layers\.(\d+)\.norm2\.": r"encoder_layers.\1.feed_forward.norm.",
-    r"decoder_layers\.(\d+)\.norm2\.": r"decoder_layers.\1.cross_attention_norm.",
-    r"decoder_layers\.(\d+)\.norm3\.": r"decoder_layers.\1.feed_forward.norm.",
-    **AUTHORS_FEED_FORWARD,
-    r"^class_embed\.": "class_head.",
-    r"^bbox_embed\.": "box_head.",
+    r"^transformer\.decoder\.query_scale\.": "model.query_scale.",
+    r"^transformer\.decoder\.ref_point_head\.": "model.reference_point_head.",
 }
 
 
@@ -85,16 +65,7 @@ def authors_names(config: Any) -> Names:
 
 def authors_config(tensors: AuthorsTensors, known: Mapping[str, Any]) -> dict[str, Any]:
     """See :class:`~hf_querydet.checkpoint_mapping_utils.AuthorsFormat`."""
-    refuse_pre_norm(tensors)
-    has_tables = "backbone.1.row_embed.weight" in tensors
-    return {
-        **tensors.resnet(),
-        **layer_sizes(tensors, "transformer.{}.layers"),
-        "num_queries": tensors.size("query_embed.weight"),
-        "d_model": tensors.size("query_embed.weight", 1),
-        "num_labels": tensors.size("class_embed.weight"),
-        "position_embedding_type": "learned" if has_tables else "sine",
-    }
+    return {**detr_fields(tensors), "num_labels": tensors.size("class_embed.weight")}
 
 
 AUTHORS = AuthorsFormat(names=authors_names, config=authors_config)

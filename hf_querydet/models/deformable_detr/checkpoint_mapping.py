@@ -8,7 +8,6 @@ one tensor here. What a table cannot say stands in the functions below, of which
 transformers' files are called by ``DeformableDETRPreTrainedModel.from_pretrained``.
 """
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from hf_querydet.checkpoint_mapping_utils import (
     AUTHORS_BACKBONE,
     AUTHORS_FEED_FORWARD,
     AUTHORS_IGNORED,
+    AUTHORS_POSITIONS,
     AUTHORS_SELF_ATTENTION,
     TRANSFORMERS_BACKBONE,
     TRANSFORMERS_LAYERS,
@@ -30,9 +30,8 @@ from hf_querydet.checkpoint_mapping_utils import (
     CheckpointError,
     Names,
     layer_sizes,
+    position_embedding_type,
 )
-
-logger = logging.getLogger(__name__)
 
 # What both call alike.
 COMMON_NAMES = {
@@ -62,8 +61,7 @@ TRANSFORMERS_NAMES = {
 AUTHORS_NAMES: Names = {
     **AUTHORS_IGNORED,
     **AUTHORS_BACKBONE,
-    r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
-    r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
+    **AUTHORS_POSITIONS,
     r"^(?:transformer\.decoder\.)?class_embed\.(\d+)\.": r"model.heads.\1.class_head.",
     r"^(?:transformer\.decoder\.)?bbox_embed\.(\d+)\.": r"model.heads.\1.box_head.",
     r"^query_embed\.": "model.query_embeddings.",
@@ -103,6 +101,7 @@ def authors_config(tensors: AuthorsTensors, known: Mapping[str, Any]) -> dict[st
     fields = {
         **tensors.resnet(),
         **layer_sizes(tensors, "transformer.{}.layers"),
+        **position_embedding_type(tensors),
         "num_feature_levels": tensors.size("transformer.level_embed"),
         "d_model": tensors.size("transformer.level_embed", 1),
         "num_labels": tensors.size("class_embed.0.weight"),
@@ -110,9 +109,6 @@ def authors_config(tensors: AuthorsTensors, known: Mapping[str, Any]) -> dict[st
             name.startswith("transformer.decoder.bbox_embed.") for name in tensors
         ),
         "two_stage": two_stage,
-        "position_embedding_type": "learned"
-        if "backbone.1.row_embed.weight" in tensors
-        else "sine",
     }
     if not two_stage:
         fields["num_queries"] = tensors.size("query_embed.weight")
@@ -175,12 +171,15 @@ def lacks_its_one_head(model: PreTrainedModel, info: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def share_class_head(model: PreTrainedModel, info: dict[str, Any]) -> None:
+def share_class_head(model: PreTrainedModel, loading_info: Any) -> None:
     """Give the first class head to all layers of a refined detector if a file held no other.
+
+    transformers ties the class heads of a fresh detector, and then stores one; so every layer gets
+    what it had in the detector that was saved.
 
     Args:
         model: The loaded model.
-        info: What loading it reported; the tensors that are filled here are taken out.
+        loading_info: What loading it has found; the tensors that are filled here are taken out.
     """
     heads, prefix = heads_of(model)
     tensors = [
@@ -188,19 +187,13 @@ def share_class_head(model: PreTrainedModel, info: dict[str, Any]) -> None:
         for index in range(len(heads))
     ]
     others = set().union(*tensors[1:])
-    absent = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    is_shared = bool(others) and others <= info["missing_keys"] and not tensors[0] & absent
+    absent = loading_info.missing_keys | {key for key, *_ in loading_info.mismatched_keys}
+    is_shared = bool(others) and others <= loading_info.missing_keys and not tensors[0] & absent
     if model.config.two_stage or not is_shared:
         return
     for head in heads[1:]:
         head.class_head.load_state_dict(heads[0].class_head.state_dict())
-    info["missing_keys"] -= others
-    # transformers has reported them as newly initialised by now.
-    logger.warning(
-        "The checkpoint holds the class head of the first decoder layer only. All layers got a "
-        "copy of it, as in the detector that was saved; none of the class heads that the loading "
-        "report calls missing is random."
-    )
+    loading_info.missing_keys -= others
 
 
 def recreated_objectness(model: PreTrainedModel, info: dict[str, Any]) -> int | None:

@@ -144,7 +144,6 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
         model, info = load(**kwargs)
         if lacks_its_one_head(model, info) and "key_mapping" not in kwargs:
             model, info = load(**kwargs, key_mapping=ONE_HEAD_NAMES)
-        share_class_head(model, info)
         num_stored_labels = recreated_objectness(model, info)
         if num_stored_labels is not None:
             options = {k: v for k, v in kwargs.items() if k not in ("id2label", "label2id")}
@@ -155,6 +154,11 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
                 options["num_labels"] = num_stored_labels
             copy_objectness(load(**options)[0], model)
         return (model, info) if wants_info else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # Called by transformers before it reports what is missing.
+        share_class_head(self, loading_info)
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
