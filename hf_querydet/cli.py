@@ -69,7 +69,10 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(help="The authors' file, mostly .pth.")],
     output_dir: Annotated[Path, typer.Argument(help="Directory to create.")],
     variant: Annotated[
-        str, typer.Option("--variant", help="detr, deformable_detr, conditional_detr, ...")
+        str,
+        typer.Option(
+            "--variant", help="detr, deformable_detr, conditional_detr, anchor_detr or sparse_rcnn."
+        ),
     ],
     dc5: Annotated[
         bool | None,

@@ -1,5 +1,6 @@
 """Numbers that Sparse R-CNN's authors' modules give for inputs that any program can make again."""
 
+import functools
 import math
 
 import authors_files
@@ -15,6 +16,7 @@ def wave(size, shift, amplitude):
     return (amplitude * (0.7 * i + 1.3 * shift + 0.05 * (0.013 * i).cos() * i.sqrt()).sin()).float()
 
 
+@functools.cache
 def head_tensors():
     """Tensors of two stages by their authors' names, without what stands before `head_series`."""
     shapes = authors_files.sparse_rcnn(stages=NUM_STAGES, classes=NUM_CLASSES)
@@ -33,6 +35,7 @@ def head_tensors():
     return tensors
 
 
+@functools.cache
 def inputs():
     """Levels, boxes xyxy in pixels, features."""
     sizes = [(64, 80), (32, 40), (16, 20), (8, 10)]

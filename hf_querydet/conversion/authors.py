@@ -50,12 +50,14 @@ class Conversion:
         """What was inferred and what was left out, in lines."""
         config = self.model.config
         backbone = getattr(config.backbone_config, "backbone", config.backbone_config.model_type)
-        names = [name for name in config.id2label.values() if name != UNUSED_LABEL]
+        without_name = {UNUSED_LABEL, *(f"LABEL_{label}" for label in config.id2label)}
+        names = [name for name in config.id2label.values() if name not in without_name]
+        examples = f" ({', '.join(names[:3])}, ...)" if names else "; --labels names them"
         lines = [
             f"backbone: {backbone}, {'dilated (DC5)' if config.dilation else 'not dilated'}",
             f"layers: {config.encoder_layers} encoder, {config.decoder_layers} decoder; "
             f"queries: {config.num_queries}",
-            f"labels: {config.num_labels}, {len(names)} of them named: {', '.join(names[:3])}, ...",
+            f"labels: {config.num_labels}, {len(names)} with a name{examples}",
         ]
         if self.ignored:
             parts = Counter(name.split(".")[0] for name in self.ignored)
@@ -207,7 +209,9 @@ def _checked_overrides(
             f"The configuration is of type {model_type!r}, but the checkpoint is to become "
             f"{row.config.model_type!r}."
         )
-    possible = possible | set(row.config.attribute_map)
+    # Follows from the names of labels, wherever they come from.
+    overrides.pop("label2id", None)
+    possible = possible | set(row.config.attribute_map) | {"transformers_version"}
     possible |= {"backbone", "use_timm_backbone", "backbone_kwargs", "num_labels", "id2label"}
     unknown = sorted(set(overrides) - possible)
     if unknown:
@@ -247,11 +251,14 @@ def _rename(
             continue
         can_be_split = tensor.ndim > 0 and tensor.shape[0] % len(targets) == 0
         parts = tensor.chunk(len(targets)) if can_be_split else [tensor] * len(targets)
-        for target, part in zip(targets, parts, strict=True):
+        for number, (target, part) in enumerate(zip(targets, parts, strict=True), 1):
             if target in result and not _equal(part, result[target]):
                 unequal.append(f"  {original_names[target]} and {name}")
-            result[target] = part.contiguous()  # a part of a matrix would keep all of it
-            original_names[target] = name
+            result[target] = part.contiguous()
+            is_part = len(targets) > 1
+            original_names[target] = (
+                f"{name} (part {number} of {len(targets)})" if is_part else name
+            )
     if unequal:
         raise CheckpointError(
             "Tensors that are one in this detector differ in the checkpoint:\n" + "\n".join(unequal)

@@ -36,7 +36,7 @@ def test_convert_then_export(checkpoint, tmp_path):
     assert f"DETRForObjectDetection: {tmp_path / 'ours'}" in result.output
     assert "backbone: resnet18.tv_in1k, dilated (DC5)" in result.output
     assert "layers: 1 encoder, 1 decoder; queries: 5" in result.output
-    assert "labels: 3, 3 of them named: ant, bee, cat" in result.output
+    assert "labels: 3, 3 with a name (ant, bee, cat, ...)" in result.output
     config = DETRConfig.from_pretrained(tmp_path / "ours")
     assert (config.dilation, config.eos_coefficient) == (True, 0.2)
     assert config.id2label == {0: "ant", 1: "bee", 2: "cat"}
@@ -71,7 +71,7 @@ def test_names_can_be_given_by_label(checkpoint, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps({"2": "cat", "0": "ant"}))
     options = ("--labels", tmp_path / "names.json")
     result = run("convert", checkpoint, tmp_path / "out", "--variant", "detr", *options)
-    assert "labels: 3, 2 of them named: ant, cat" in result.output
+    assert "labels: 3, 2 with a name (ant, cat, ...)" in result.output
 
 
 @pytest.mark.parametrize(
