@@ -1,14 +1,20 @@
 """What every detector's configuration has in common: the backbone, the matching and the loss."""
 
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.models.resnet import ResNetConfig
 from transformers.models.timm_backbone import TimmBackboneConfig
 
+# A variant's type here is its type in transformers, where there is one, with this in front.
+MODEL_TYPE_PREFIX = "querydet_"
+# Keywords of loading that say where from; the others change the configuration.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 # The ImageNet weights of the papers are torchvision's first ones. timm's plain "resnet50" points to
 # weights of a later recipe.
 DEFAULT_BACKBONE = "resnet50.tv_in1k"
@@ -120,6 +126,39 @@ class DetectorConfig(PreTrainedConfig):
         return cls(**(defaults | fields))
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Any:
+        """Load a configuration, of this library or of transformers' detector of the same variant.
+
+        See ``PreTrainedConfig.from_pretrained`` for the arguments.
+
+        Raises:
+            ValueError: If the configuration is of another architecture.
+        """
+        config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        cls._check_model_type(config_dict.get("model_type"), pretrained_model_name_or_path)
+        return cls.from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _check_model_type(cls, model_type: str | None, source: str | os.PathLike) -> None:
+        known = {getattr(each, "model_type", "") for each in cls.__mro__}
+        known |= {each.removeprefix(MODEL_TYPE_PREFIX) for each in known}
+        if model_type is None or model_type in known:
+            return
+        own_type = MODEL_TYPE_PREFIX + model_type.removeprefix(MODEL_TYPE_PREFIX)
+        detector = MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.get(own_type)
+        remedy = (
+            "this library has no such detector, transformers' AutoModelForObjectDetection may"
+            if detector is None
+            else f"load it with {detector}"
+        )
+        raise ValueError(
+            f"{source} holds a model of type {model_type!r}, and {cls.__name__} describes "
+            f"{cls.model_type.removeprefix(MODEL_TYPE_PREFIX)!r}: {remedy}."
+        )
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Create a configuration; see ``PreTrainedConfig.from_dict``.
 
@@ -128,6 +167,8 @@ class DetectorConfig(PreTrainedConfig):
         """
         derived_from = ("backbone", "use_timm_backbone", "backbone_kwargs", "dilation")
         given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
+        # transformers writes null for what does not apply, which is not a value of every field.
+        config_dict = {name: value for name, value in config_dict.items() if value is not None}
         if kwargs.get("id2label") is not None:
             id2label = {int(index): name for index, name in kwargs["id2label"].items()}
             kwargs["id2label"] = id2label

@@ -1,13 +1,15 @@
-"""Files that are there complete or not at all."""
+"""Files and directories that are there complete or not at all."""
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 PARTIAL_SUFFIX = ".partial"
+PREVIOUS_SUFFIX = ".previous" + PARTIAL_SUFFIX
 
 
 @contextmanager
@@ -34,6 +36,42 @@ def partial_file(path: str | os.PathLike) -> Iterator[TextIO]:
     """A text file to write to; see :func:`partial_path`."""
     with partial_path(path) as partial, partial.open("w", encoding="utf-8") as file:
         yield file
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a json file; see :func:`partial_path`."""
+    with partial_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
+def write_directory(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Create or replace a directory as a whole: it is there complete, or as it was before.
+
+    Args:
+        directory: What to create.
+        write: Fills the directory that it is given, one beside the final place.
+    """
+    # Resolved, or "." would have no name.
+    directory = Path(directory).resolve()
+    partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finish_directory(partial, directory)
+
+
+def finish_directory(partial: Path, directory: Path) -> None:
+    """Put a completely written directory into its final place."""
+    previous = directory.with_name(directory.name + PREVIOUS_SUFFIX)
+    shutil.rmtree(previous, ignore_errors=True)
+    if directory.exists():
+        directory.rename(previous)
+    partial.rename(directory)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 class JsonArrayWriter:

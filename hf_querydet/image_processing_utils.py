@@ -100,6 +100,18 @@ class DetectionImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a processor from the content of its file.
+
+        The file of a panoptic detector gives the processor of the detector that is in it, whose
+        annotations are boxes.
+        """
+        content = dict(image_processor_dict)
+        if content.get("format") == AnnotationFormat.COCO_PANOPTIC.value:
+            del content["format"]
+        return super().from_dict(content, **kwargs)
+
+    @classmethod
     def for_config(cls, config: Any, **kwargs: Any) -> Self:
         """Create the processor of a new model.
 

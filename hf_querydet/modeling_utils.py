@@ -1,6 +1,8 @@
 """What all detectors have in common: loading, saving, first values, the way from pixels to loss."""
 
+import logging
 import os
+import re
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +22,8 @@ from hf_querydet.losses.criterion import Classification
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
 from hf_querydet.recording import DecoderRecording
 
+logger = logging.getLogger(__name__)
+
 
 class DetectorPreTrainedModel(PreTrainedModel):
     """Base class of all detectors.
@@ -36,6 +40,8 @@ class DetectorPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Older files carry the counter of batch norms that are frozen here.
     _keys_to_ignore_on_load_unexpected = (r"num_batches_tracked",)
+    # What panoptic detectors of transformers hold beside the detector.
+    _mask_head_keys = re.compile(r"^(?:mask_head|bbox_attention)\.")
     # Tensors whose shape follows the number of labels, the only ones that a new label set
     # re-creates.
     _class_head_keys: tuple[str, ...] = ("class_head.weight", "class_head.bias")
@@ -85,6 +91,21 @@ class DetectorPreTrainedModel(PreTrainedModel):
                 "Only the class head is re-created for new labels; pass the options that the "
                 "checkpoint was trained with, or ignore_mismatched_sizes=True to start these "
                 "tensors anew."
+            )
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # Called by transformers before it reports what did not fit.
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        of_mask_head = {
+            key for key in loading_info.unexpected_keys if self._mask_head_keys.search(key)
+        }
+        if of_mask_head:
+            loading_info.unexpected_keys -= of_mask_head
+            logger.warning(
+                "The checkpoint is panoptic: its mask head is ignored (%d tensors of %s), classes "
+                "and boxes are complete.",
+                len(of_mask_head),
+                " and ".join(sorted({key.split(".")[0] for key in of_mask_head})),
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

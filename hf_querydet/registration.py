@@ -20,8 +20,8 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-from hf_querydet.checkpoint_mapping_utils import weight_renamings
-from hf_querydet.configuration_utils import DetectorConfig
+from hf_querydet.checkpoint_mapping_utils import AuthorsFormat, weight_renamings
+from hf_querydet.configuration_utils import HUB_OPTIONS, MODEL_TYPE_PREFIX, DetectorConfig
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.models.anchor_detr import (
@@ -30,12 +30,16 @@ from hf_querydet.models.anchor_detr import (
     AnchorDETRImageProcessor,
     AnchorDETRModel,
 )
+from hf_querydet.models.anchor_detr.checkpoint_mapping import AUTHORS as ANCHOR_DETR_AUTHORS
 from hf_querydet.models.anchor_detr.recipe import RECIPE as ANCHOR_DETR_RECIPE
 from hf_querydet.models.conditional_detr import (
     ConditionalDETRConfig,
     ConditionalDETRForObjectDetection,
     ConditionalDETRImageProcessor,
     ConditionalDETRModel,
+)
+from hf_querydet.models.conditional_detr.checkpoint_mapping import (
+    AUTHORS as CONDITIONAL_DETR_AUTHORS,
 )
 from hf_querydet.models.conditional_detr.checkpoint_mapping import (
     TRANSFORMERS_NAMES as CONDITIONAL_DETR_NAMES,
@@ -47,6 +51,7 @@ from hf_querydet.models.deformable_detr import (
     DeformableDETRImageProcessor,
     DeformableDETRModel,
 )
+from hf_querydet.models.deformable_detr.checkpoint_mapping import AUTHORS as DEFORMABLE_DETR_AUTHORS
 from hf_querydet.models.deformable_detr.checkpoint_mapping import (
     TRANSFORMERS_NAMES as DEFORMABLE_DETR_NAMES,
 )
@@ -57,6 +62,7 @@ from hf_querydet.models.detr import (
     DETRImageProcessor,
     DETRModel,
 )
+from hf_querydet.models.detr.checkpoint_mapping import AUTHORS as DETR_AUTHORS
 from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
 from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
 from hf_querydet.models.dynamic_detr import (
@@ -79,11 +85,9 @@ from hf_querydet.models.sparse_rcnn import (
     SparseRCNNImageProcessor,
     SparseRCNNModel,
 )
+from hf_querydet.models.sparse_rcnn.checkpoint_mapping import AUTHORS as SPARSE_RCNN_AUTHORS
 from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.recipe_utils import Recipe
-
-MODEL_TYPE_PREFIX = "querydet_"
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Variant:
         image_processor: Image processor.
         recipe: The paper's training settings.
         transformers_names: Key table of transformers' files, empty where it has no such model.
+        authors: How to read checkpoints of its authors; None where they released none.
         padding_exception: How padding reaches predictions below the backbone, a sentence for the
             model card; empty where it does not, which is the rule.
     """
@@ -107,6 +112,7 @@ class Variant:
     image_processor: type[DetectionImageProcessor]
     recipe: Recipe
     transformers_names: Mapping[str, str]
+    authors: AuthorsFormat | None = None
     padding_exception: str = ""
 
 
@@ -117,6 +123,7 @@ VARIANTS: dict[str, Variant] = {
         detector=DETRForObjectDetection,
         image_processor=DETRImageProcessor,
         recipe=DETR_RECIPE,
+        authors=DETR_AUTHORS,
         transformers_names=DETR_NAMES,
     ),
     "deformable_detr": Variant(
@@ -125,6 +132,7 @@ VARIANTS: dict[str, Variant] = {
         detector=DeformableDETRForObjectDetection,
         image_processor=DeformableDETRImageProcessor,
         recipe=DEFORMABLE_DETR_RECIPE,
+        authors=DEFORMABLE_DETR_AUTHORS,
         transformers_names=DEFORMABLE_DETR_NAMES,
         padding_exception=(
             "As in the authors' code, the group normalisation of feature levels takes its "
@@ -138,6 +146,7 @@ VARIANTS: dict[str, Variant] = {
         detector=ConditionalDETRForObjectDetection,
         image_processor=ConditionalDETRImageProcessor,
         recipe=CONDITIONAL_DETR_RECIPE,
+        authors=CONDITIONAL_DETR_AUTHORS,
         transformers_names=CONDITIONAL_DETR_NAMES,
     ),
     "efficient_detr": Variant(
@@ -173,6 +182,7 @@ VARIANTS: dict[str, Variant] = {
         detector=SparseRCNNForObjectDetection,
         image_processor=SparseRCNNImageProcessor,
         recipe=SPARSE_RCNN_RECIPE,
+        authors=SPARSE_RCNN_AUTHORS,
         transformers_names={},
         padding_exception=(
             "As in the authors' code, padding is not masked: convolutions of the feature pyramid "
@@ -185,6 +195,7 @@ VARIANTS: dict[str, Variant] = {
         detector=AnchorDETRForObjectDetection,
         image_processor=AnchorDETRImageProcessor,
         recipe=ANCHOR_DETR_RECIPE,
+        authors=ANCHOR_DETR_AUTHORS,
         transformers_names={},
         padding_exception=(
             "As in the authors' code, the group normalisation of features takes its statistics "

@@ -23,8 +23,10 @@ from transformers import (
     pipeline,
 )
 from transformers.utils.logging import disable_progress_bar
+from typer.testing import CliRunner
 
 from hf_querydet import VARIANTS, load_detector
+from hf_querydet.cli import app
 from hf_querydet.data import DetectionCollator
 from hf_querydet.training import HubRepository
 
@@ -178,6 +180,12 @@ def run_command(words):
         return end.code
     finally:
         sys.argv = arguments
+
+
+def run_querydet(*arguments):
+    """Exit code and output of `hf-querydet`."""
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
 
 
 def message(function, *args, **kwargs):

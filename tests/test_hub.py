@@ -1,7 +1,9 @@
 """Detectors on the Hub: pushed to and loaded from a server on this machine."""
 
+import authors_files
 import hub_client
 import pytest
+import torch
 from hub_server import TOKEN, USER
 
 from hf_querydet import VARIANTS
@@ -53,6 +55,20 @@ def test_trainer_pushes_model_processor_and_card(name, client, hub):
     trained = client(hub_client.train_and_push, name, repo_id)
     assert client(hub_client.load_through_auto_classes, repo_id) == trained
     assert f"# trained-{name}" in hub.files(repo_id)["README.md"].decode()
+
+
+def test_converted_checkpoint_is_pushed(client, hub, tmp_path):
+    sizes = {"size": 32, "inner": 40, "layers": (1, 1), "queries": 5, "classes": 3}
+    shapes = authors_files.detr(kind=authors_files.RESNET18, **sizes)
+    torch.save(authors_files.fill(shapes), tmp_path / "detr.pth")
+    repo_id = f"{USER}/converted"
+    paths = (str(tmp_path / "detr.pth"), str(tmp_path / "converted"))
+    options = ("--variant", "detr", "--push-to-hub", repo_id)
+
+    code, output = client(hub_client.run_querydet, "convert", *paths, *options)
+
+    assert (code, repo_id in output) == (0, True), output
+    assert client(hub_client.load, repo_id) == client(hub_client.load, paths[1])
 
 
 @pytest.mark.parametrize(

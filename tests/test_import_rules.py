@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "coco_annotations",
         "recording",
     },
+    "conversion": {*ABOVE_VARIANTS, "configuration_utils", "file_writing", "modeling_utils"},
     "model_info": {"registration", "configuration_utils"},
     "cli": EVERYTHING,
     "demo": EVERYTHING,

@@ -5,7 +5,16 @@ What a subcommand needs is imported inside its function, or every other one woul
 
 import typer
 
-from hf_querydet.cli import demo, detect, evaluate, explain, info, kernels
+from hf_querydet.cli import (
+    convert,
+    demo,
+    detect,
+    evaluate,
+    explain,
+    export_transformers,
+    info,
+    kernels,
+)
 from hf_querydet.cli.errors import without_traceback
 
 # In the order of the help; a command is called like its function.
@@ -14,6 +23,8 @@ COMMANDS = (
     detect.detect,
     evaluate.evaluate,
     explain.explain,
+    convert.convert,
+    export_transformers.export_transformers,
     info.info,
     kernels.kernels,
 )

@@ -31,8 +31,9 @@ class Backbone(nn.Module):
         channels: Channels of each returned feature map.
 
     Raises:
-        ValueError: If stages are to be frozen in an architecture whose stages cannot be told, or
-            pretrained weights are wanted from a backbone that no published name is known of.
+        ValueError: If stages are to be frozen in an architecture whose stages cannot be told,
+            pretrained weights are wanted from a backbone that no published name is known of, or
+            the network returns maps with their channels last.
         OSError: If the pretrained weights cannot be had.
     """
 
@@ -41,6 +42,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.body = AutoBackbone.from_config(config)
+        _check_channels_first(self.body)
         self.channels = list(self.body.channels)
         if pretrained and not _on_meta_device(self.body):
             _load_published_weights(self.body)
@@ -113,6 +115,17 @@ def _on_meta_device(module: nn.Module) -> bool:
 
 def _is_timm(body: PreTrainedModel) -> bool:
     return body.config.model_type == "timm_backbone"
+
+
+def _check_channels_first(body: PreTrainedModel) -> None:
+    layout = getattr(getattr(body, "_backbone", None), "output_fmt", "NCHW")
+    if layout != "NCHW":
+        raise ValueError(
+            f"backbone={body.config.backbone!r} of timm returns maps with their channels last "
+            "(and mostly takes pictures of one size only); use transformers' network of the kind, "
+            "for instance backbone='microsoft/swin-tiny-patch4-window7-224' with "
+            "use_timm_backbone=False."
+        )
 
 
 def _load_published_weights(body: PreTrainedModel) -> None:
@@ -203,8 +216,10 @@ def _timm_stages(body: nn.Module) -> list[list[nn.Module]] | None:
 
 
 def _transformers_stages(body: PreTrainedModel) -> list[list[nn.Module]] | None:
-    stem = next((getattr(body, name) for name in STEM_NAMES if hasattr(body, name)), None)
-    encoder = getattr(body, "encoder", None)
+    # Some backbones are the network itself, some have it inside (Swin).
+    network = body.base_model
+    stem = next((getattr(network, name) for name in STEM_NAMES if hasattr(network, name)), None)
+    encoder = getattr(network, "encoder", None)
     stages = getattr(encoder, "stages", None) or getattr(encoder, "layers", None)
     if stem is None or stages is None or len(stages) != len(body.stage_names) - 1:
         return None

@@ -1,5 +1,6 @@
 """What training loops share: optimizer settings, averages, checkpoints, pushing to the Hub."""
 
+from hf_querydet.file_writing import write_directory, write_json
 from hf_querydet.training.finite_loss import NonFiniteLossError, mean_loss_terms
 from hf_querydet.training.hub import HubError, HubRepository, prepare_repository
 from hf_querydet.training.optimization import learning_rate_schedule, parameter_groups
@@ -16,8 +17,6 @@ from hf_querydet.training.run_directory import (
     list_checkpoints,
     open_run_directory,
     save_checkpoint,
-    write_directory,
-    write_json,
 )
 from hf_querydet.training.weight_average import weight_average
 

@@ -43,8 +43,8 @@ class HubRepository:
         """
         if constants.HF_HUB_OFFLINE:
             raise HubError(
-                f"Cannot push to {self.repo_id}: HF_HUB_OFFLINE is set. Unset it, or train without "
-                "pushing and push afterwards with `hf upload`."
+                f"Cannot push to {self.repo_id}: HF_HUB_OFFLINE is set. Unset it, or push "
+                "afterwards with `hf upload`."
             )
         api = HfApi(token=self.token)
         try:
@@ -56,8 +56,8 @@ class HubRepository:
         except Exception as error:  # of the network, of the Hub, of the name
             raise HubError(
                 f"Cannot push to {self.repo_id}: {self._reason(error)}\n"
-                "Check the name, and that `hf auth whoami` knows a token that may write; or train "
-                "without pushing and push afterwards with `hf upload`."
+                "Check the name, and that `hf auth whoami` knows a token that may write; or push "
+                "afterwards with `hf upload`."
             ) from error
         return url.repo_id
 
@@ -84,8 +84,8 @@ class HubRepository:
         except Exception as error:  # as above; whatever it is, the run must not end without a word
             raise HubError(
                 f"Not pushed to {self.repo_id}: {self._reason(error)}\n"
-                "Nothing is lost: model, image processor, metrics and model card are in "
-                f"{Path(directory).resolve()}. To push them again:\n{self.push_command(directory)}"
+                f"Nothing is lost: all is in {Path(directory).resolve()}. To push it again:\n"
+                f"{self.push_command(directory)}"
             ) from error
         return str(commit.commit_url)
 

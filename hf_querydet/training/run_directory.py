@@ -1,45 +1,16 @@
 """Files of a run: models and checkpoints that are there complete or not at all."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from hf_querydet.file_writing import PARTIAL_SUFFIX, partial_file
+from hf_querydet.file_writing import PARTIAL_SUFFIX, PREVIOUS_SUFFIX, finish_directory
 
-PREVIOUS_SUFFIX = ".previous" + PARTIAL_SUFFIX
 CHECKPOINTS = "checkpoints"
 NUM_CHECKPOINTS_KEPT = 2
-
-
-def write_directory(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Create or replace a directory as a whole: it is there complete, or as it was before.
-
-    Args:
-        directory: What to create.
-        write: Fills the directory that it is given, one beside the final place.
-    """
-    directory = Path(directory)
-    partial = directory.with_name(directory.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    _finish_directory(partial, directory)
-
-
-def _finish_directory(partial: Path, directory: Path) -> None:
-    """Put a completely written directory into its final place."""
-    previous = directory.with_name(directory.name + PREVIOUS_SUFFIX)
-    shutil.rmtree(previous, ignore_errors=True)
-    if directory.exists():
-        directory.rename(previous)
-    partial.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | None:
@@ -95,7 +66,7 @@ def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish_directory(partial, finished)
+        finish_directory(partial, finished)
         for old in list_checkpoints(directory)[:-NUM_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -110,9 +81,3 @@ def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
     """Complete checkpoints below a directory, oldest first."""
     found = Path(directory).glob("step_*")
     return sorted(path for path in found if path.suffix != PARTIAL_SUFFIX)
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a json file; it is there complete or not at all."""
-    with partial_file(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")

@@ -324,3 +324,9 @@ def test_frozen_stages_can_be_frozen_again():
     backbone.freeze_stages()
 
     assert {name: p.requires_grad for name, p in backbone.named_parameters()} == expected
+
+
+def test_maps_with_their_channels_last_are_an_error():
+    config = TimmBackboneConfig(backbone="swin_tiny_patch4_window7_224", out_indices=[-1])
+    with torch.device("meta"), pytest.raises(ValueError, match="maps with their channels last"):
+        Backbone(config, pretrained=False, norm="batch", num_frozen_stages=0)

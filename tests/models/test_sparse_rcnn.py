@@ -4,6 +4,7 @@ import math
 
 import oracles
 import pytest
+import sparse_rcnn_golden
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import save_file
@@ -14,7 +15,9 @@ from hf_querydet import (
     SparseRCNNConfig,
     SparseRCNNForObjectDetection,
 )
+from hf_querydet.checkpoint_mapping_utils import renamed
 from hf_querydet.models.sparse_rcnn import modeling_sparse_rcnn
+from hf_querydet.models.sparse_rcnn.checkpoint_mapping import AUTHORS_NAMES
 from hf_querydet.models.sparse_rcnn.modeling_sparse_rcnn import DynamicInstanceInteractiveHead
 from hf_querydet.training import parameter_groups
 
@@ -33,168 +36,31 @@ def forward(model, **inputs):
 # The authors' numbers
 
 
-def wave(size, shift, amplitude):
-    """Numbers that any program can make again, without a random generator."""
-    i = torch.arange(size, dtype=torch.float64)
-    return (amplitude * (0.7 * i + 1.3 * shift + 0.05 * (0.013 * i).cos() * i.sqrt()).sin()).float()
-
-
-def authors_names(config):
-    """Names of a head's tensors in the authors' files, in alphabetical order, with their shapes."""
-    hidden, inner, dim = config.d_model, config.decoder_ffn_dim, config.dynamic_dim
-    shapes = {
-        "self_attn.in_proj_weight": (3 * hidden, hidden),
-        "self_attn.in_proj_bias": (3 * hidden,),
-        "self_attn.out_proj.weight": (hidden, hidden),
-        "self_attn.out_proj.bias": (hidden,),
-        "inst_interact.dynamic_layer.weight": (2 * hidden * dim, hidden),
-        "inst_interact.dynamic_layer.bias": (2 * hidden * dim,),
-        "inst_interact.out_layer.weight": (hidden, 49 * hidden),
-        "inst_interact.out_layer.bias": (hidden,),
-        "linear1.weight": (inner, hidden),
-        "linear1.bias": (inner,),
-        "linear2.weight": (hidden, inner),
-        "linear2.bias": (hidden,),
-        "class_logits.weight": (config.num_labels, hidden),
-        "class_logits.bias": (config.num_labels,),
-        "bboxes_delta.weight": (4, hidden),
-        "bboxes_delta.bias": (4,),
-    }
-    norms = {
-        "inst_interact.norm1": dim,
-        "inst_interact.norm2": hidden,
-        "inst_interact.norm3": hidden,
-    }
-    norms |= dict.fromkeys(["norm1", "norm2", "norm3", "cls_module.1"], hidden)
-    norms |= {f"reg_module.{i}": hidden for i in (1, 4, 7)}
-    for name, size in norms.items():
-        shapes |= {f"{name}.weight": (size,), f"{name}.bias": (size,)}
-    shapes |= {f"{name}.weight": (hidden, hidden) for name in ("cls_module.0", "reg_module.0")}
-    shapes |= {f"{name}.weight": (hidden, hidden) for name in ("reg_module.3", "reg_module.6")}
-    names = {
-        f"head_series.{stage}.{name}": shape
-        for stage in range(config.decoder_layers)
-        for name, shape in shapes.items()
-    }
-    return dict(sorted(names.items())), norms
-
-
-OUR_NAMES = {
-    "self_attn.out_proj": "self_attention.out_proj",
-    "inst_interact.dynamic_layer": "dynamic_convolution.filter_generator",
-    "inst_interact.norm1": "dynamic_convolution.norms.0",
-    "inst_interact.norm2": "dynamic_convolution.norms.1",
-    "inst_interact.norm3": "dynamic_convolution.output_norm",
-    "inst_interact.out_layer": "dynamic_convolution.output_projection",
-    "norm1": "self_attention_norm",
-    "norm2": "interaction_norm",
-    "norm3": "feed_forward.norm",
-    "linear1": "feed_forward.expand",
-    "linear2": "feed_forward.contract",
-    "cls_module.0": "class_tower.layers.0",
-    "cls_module.1": "class_tower.norms.0",
-    **{f"reg_module.{3 * i}": f"box_tower.layers.{i}" for i in range(3)},
-    **{f"reg_module.{3 * i + 1}": f"box_tower.norms.{i}" for i in range(3)},
-    "class_logits": "class_head",
-    "bboxes_delta": "box_head",
-}
-
-
-def stages_with_the_authors_weights(config):
-    weights = [{} for _ in range(config.decoder_layers)]
-    names, norms = authors_names(config)
-    for shift, (name, shape) in enumerate(names.items()):
-        _, stage, rest = name.split(".", 2)
-        size = math.prod(shape)
-        is_weight = rest.endswith("weight")
-        if rest.rsplit(".", 1)[0] in norms:
-            value = wave(size, shift, 0.1) + (1 if is_weight else 0)
-        elif len(shape) > 1:
-            value = wave(size, shift, math.sqrt(2 / shape[-1]))
-        else:
-            value = wave(size, shift, 0.05)
-        value = value.view(shape)
-        own = weights[int(stage)]
-        if "in_proj" in rest:
-            suffix = "weight" if is_weight else "bias"
-            for projection, part in zip("qkv", value.chunk(3), strict=True):
-                own[f"self_attention.{projection}_proj.{suffix}"] = part
-        else:
-            module, suffix = rest.rsplit(".", 1)
-            own[f"{OUR_NAMES[module]}.{suffix}"] = value
-    stages = []
-    for own in weights:
-        stage = DynamicInstanceInteractiveHead(config, finest_level=2)
-        stage.load_state_dict(own)
-        stages.append(stage.eval())
-    return stages
-
-
 def test_stages_agree_with_the_authors_modules():
-    config = SparseRCNNConfig(num_labels=80, decoder_layers=2, attn_implementation="sdpa")
-    sizes = [(64, 80), (32, 40), (16, 20), (8, 10)]
-    levels = [
-        wave(2 * 256 * height * width, 100 + level, 1.0).view(2, 256, height, width)
-        for level, (height, width) in enumerate(sizes)
-    ]
-    features = wave(5 * 256, 200, 1.0).view(1, 5, 256).expand(2, -1, -1)
-    boxes = torch.tensor(
-        [
-            [0.5, 0.5, 1.0, 1.0],
-            [0.2, 0.3, 0.1, 0.2],
-            [0.7, 0.6, 0.5, 0.3],
-            [0.9, 0.9, 0.4, 0.4],
-            [0.05, 0.05, 0.02, 0.03],
-        ]
+    config = SparseRCNNConfig(
+        num_labels=sparse_rcnn_golden.NUM_CLASSES,
+        decoder_layers=sparse_rcnn_golden.NUM_STAGES,
+        attn_implementation="sdpa",
     )
-    scale = torch.tensor([[320.0, 256, 320, 256], [300, 200, 300, 200]])[:, None]
-    boxes = (
-        torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1) * scale
-    )
+    # Through the table that conversion renames by.
+    weights = {}
+    for name, value in sparse_rcnn_golden.head_tensors().items():
+        places = renamed(f"head.{name}", AUTHORS_NAMES)
+        weights.update(zip(places, value.chunk(len(places)), strict=True))
+    levels, boxes, features = sparse_rcnn_golden.inputs()
     all_boxes = []
-    with torch.no_grad():
-        for stage in stages_with_the_authors_weights(config):
+    for index in range(config.decoder_layers):
+        start = f"model.stages.{index}."
+        stage = DynamicInstanceInteractiveHead(config, finest_level=2).eval()
+        stage.load_state_dict(
+            {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        )
+        with torch.no_grad():
             features, boxes, _ = stage(features, boxes, *levels)
-            all_boxes.append(boxes)
-        logits = stage.classify(features)
+            logits = stage.classify(features)
+        all_boxes.append(boxes)
 
-    # Printed with six decimals by the authors' modules.
-    first_logits = [
-        [-0.744052, 0.634487, -0.623649],
-        [-0.451275, 0.739555, -0.194176],
-        [-0.391446, 0.124387, -0.439637],
-        [-0.851346, 0.935426, -0.102603],
-        [-0.914951, 0.215867, -0.835465],
-    ]
-    last_logits = [
-        [-1.082584, -0.202411, 0.009436],
-        [-0.506973, -0.955419, -0.033642],
-        [-0.830598, -0.216260, -0.264939],
-        [0.162567, -0.385069, -0.483989],
-        [-0.893327, -0.076000, -0.045370],
-    ]
-    first_stage = [
-        [-393.503357, -416.867035, 1140.279053, 810.600952],
-        [39.493225, 41.301121, 114.459793, 109.730225],
-        [-100.085632, 75.973663, 805.000916, 293.744812],
-        [110.914536, 128.599518, 587.512085, 417.553070],
-        [1.988434, 3.785281, 40.146812, 30.796452],
-    ]
-    last_stage = [
-        [38.908691, -76.167015, 930.052734, 131.606934],
-        [-15.558655, 26.162949, 297.862427, 118.004791],
-        [-54.264771, 73.243805, 1058.425781, 201.868713],
-        [154.639221, 10.643753, 694.019775, 419.357117],
-        [-0.755323, -0.479874, 58.192039, 35.145737],
-    ]
-    close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(logits[0, :, :3], torch.tensor(first_logits), **close)
-    torch.testing.assert_close(logits[1, :, 77:], torch.tensor(last_logits), **close)
-    for actual, expected in ((all_boxes[0][0], first_stage), (all_boxes[1][1], last_stage)):
-        # Relative to a box's longer side, which is what rounding is relative to.
-        expected = torch.tensor(expected)
-        size = (expected[:, 2:] - expected[:, :2]).amax(-1, keepdim=True)
-        torch.testing.assert_close(actual / size, expected / size, **close)
+    sparse_rcnn_golden.assert_golden(logits, all_boxes)
 
 
 # Stages

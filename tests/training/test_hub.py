@@ -85,7 +85,7 @@ def test_command_of_a_failed_push_pushes(client, hub, directory):
     push = hub_client.push_directory
     message = client(hub_client.message, push, directory, "After 3 steps", token=TOKEN, **fields)
     assert message.startswith(f"HubError: Not pushed to {USER}/fails: ")
-    assert f"metrics and model card are in {directory}. To push them again:\n" in message
+    assert f"all is in {directory}. To push it again:\n" in message
     assert TOKEN not in message
 
     hub.read_only.clear()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
+from hf_querydet.configuration_utils import HUB_OPTIONS
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.deformable_attention import (
     MultiScaleDeformableAttention,
@@ -47,6 +48,7 @@ from hf_querydet.modeling_utils import (
 )
 from hf_querydet.models.deformable_detr.checkpoint_mapping import (
     ONE_HEAD_NAMES,
+    check_keeps_refinement,
     copy_objectness,
     lacks_its_one_head,
     recreated_objectness,
@@ -120,8 +122,20 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
         without refinement is found under whichever layer's name it was kept. And where new labels
         re-create the class heads of a two-stage detector, row 0 of the encoder's stays: it scores
         whether a token is any object, which does not depend on the labels.
+
+        Raises:
+            ValueError: If ``with_box_refine=False`` would drop heads of the file.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        refines = kwargs.get(
+            "with_box_refine", getattr(kwargs.get("config"), "with_box_refine", None)
+        )
+        if refines is False and pretrained_model_name_or_path is not None:
+            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            stored, _ = cls.config_class.get_config_dict(
+                pretrained_model_name_or_path, **hub_options
+            )
+            check_keeps_refinement(stored, pretrained_model_name_or_path)
 
         def load(**options: Any) -> tuple[Self, dict[str, Any]]:
             return super(DeformableDETRPreTrainedModel, cls).from_pretrained(
@@ -131,7 +145,6 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
         model, info = load(**kwargs)
         if lacks_its_one_head(model, info) and "key_mapping" not in kwargs:
             model, info = load(**kwargs, key_mapping=ONE_HEAD_NAMES)
-        share_class_head(model, info)
         num_stored_labels = recreated_objectness(model, info)
         if num_stored_labels is not None:
             options = {k: v for k, v in kwargs.items() if k not in ("id2label", "label2id")}
@@ -142,6 +155,11 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
                 options["num_labels"] = num_stored_labels
             copy_objectness(load(**options)[0], model)
         return (model, info) if wants_info else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # Called by transformers before it reports what is missing.
+        share_class_head(self, loading_info)
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
