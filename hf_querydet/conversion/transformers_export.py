@@ -30,7 +30,7 @@ def export_transformers(
 ) -> type[PreTrainedModel]:
     """Write a detector as transformers' own class of the same variant.
 
-    The same pictures give the same outputs there. Names of tensors are those that this library
+    The same inputs give the same outputs there. Names of tensors are those that this library
     reads such files by, the other way round. ``auxiliary_loss`` is off in what is written, because
     it changes the forward of transformers' classes; settings of training that they have no field
     for are left out.

@@ -116,11 +116,21 @@ def test_converted_detector_gives_the_authors_detections(case):
     assert_equal_detections(model, variant, tensors, tiny_batch(), **arguments)
 
 
-@pytest.mark.parametrize("dilation", [False, True], ids=["C5", "DC5"])
-def test_resnet50_with_and_without_dilation(dilation):
-    tensors = tensors_of("detr", kind=RESNET50)
-    model = convert("detr", tensors, dilation=dilation).model
-    assert_equal_detections(model, "detr", tensors, tiny_batch(), dilation=dilation)
+@pytest.mark.parametrize(
+    ("variant", "changes", "dilation"),
+    [
+        ("detr", {}, False),
+        ("detr", {}, True),
+        ("deformable_detr", {"levels": 1}, True),
+        ("sparse_rcnn", {}, False),
+    ],
+    ids=["DETR", "DETR DC5", "Deformable DETR DC5", "Sparse R-CNN"],
+)
+def test_resnet50_gives_the_authors_detections(variant, changes, dilation):
+    tensors = tensors_of(variant, kind=RESNET50, **changes)
+    model = convert(variant, tensors, dilation=dilation).model
+    arguments = {"dilation": True} if dilation else {}
+    assert_equal_detections(model, variant, tensors, tiny_batch(), **arguments)
 
 
 def test_three_levels_of_anchor_detr_need_dilation():

@@ -162,12 +162,21 @@ def check_keeps_refinement(stored: Mapping[str, Any], name_or_path: str | os.Pat
         )
 
 
-def lacks_its_one_head(model: PreTrainedModel, info: dict[str, Any]) -> bool:
-    """Whether a detector without refinement has not found its head in a file."""
+def head_has_another_name(model: PreTrainedModel, loading_info: Any) -> bool:
+    """Whether a file holds the head of a detector without refinement as that of a later layer.
+
+    Args:
+        model: The loaded model.
+        loading_info: What loading it has found. If the file has to be read again, by
+            :data:`ONE_HEAD_NAMES`, the tensors of the head are taken out of those that are missing.
+    """
     _, prefix = heads_of(model)
-    return not model.config.with_box_refine and any(
-        key.startswith(prefix) for key in info["missing_keys"]
-    )
+    missing = {key for key in loading_info.missing_keys if key.startswith(prefix)}
+    is_there = any(key.startswith(prefix) for key in loading_info.unexpected_keys)
+    if model.config.with_box_refine or not (missing and is_there):
+        return False
+    loading_info.missing_keys -= missing
+    return True
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ from hf_querydet.models.deformable_detr.checkpoint_mapping import (
     ONE_HEAD_NAMES,
     check_keeps_refinement,
     copy_objectness,
-    lacks_its_one_head,
+    head_has_another_name,
     recreated_objectness,
     share_class_head,
 )
@@ -105,6 +105,7 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
     """Base class of the Deformable DETR models."""
 
     config: DeformableDETRConfig
+    _head_has_another_name = False
     _no_split_modules = (
         "Backbone",
         "DeformableTransformerEncoderLayer",
@@ -143,8 +144,9 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
             )
 
         model, info = load(**kwargs)
-        if lacks_its_one_head(model, info) and "key_mapping" not in kwargs:
-            model, info = load(**kwargs, key_mapping=ONE_HEAD_NAMES)
+        if model._head_has_another_name:
+            kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), **ONE_HEAD_NAMES}
+            model, info = load(**kwargs)
         num_stored_labels = recreated_objectness(model, info)
         if num_stored_labels is not None:
             options = {k: v for k, v in kwargs.items() if k not in ("id2label", "label2id")}
@@ -159,6 +161,7 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         # Called by transformers before it reports what is missing.
         share_class_head(self, loading_info)
+        self._head_has_another_name = head_has_another_name(self, loading_info)
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @torch.no_grad()
