@@ -97,7 +97,7 @@ def test_token_reaches_every_file_of_a_private_repository(client, hub):
     ("repo_id", "told"),
     [
         (f"{USER}/nothing", f"OSError: {USER}/nothing is not a local folder and is not a valid"),
-        ("one/two/three", "OSError: Repo id must be in the form"),
+        ("one/two/three", "OSError: one/two/three is not a directory, and not a Hub id"),
     ],
 )
 def test_wrong_repository_is_named(repo_id, told, client):
