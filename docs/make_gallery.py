@@ -1,6 +1,6 @@
 """Makes docs/images: what small detectors, trained here on generated scenes, find and look at.
 
-    python docs/make_gallery.py [--models DIRECTORY] [--output docs/images] [--steps 1700]
+    python docs/make_gallery.py [--detectors efficient_detr ...] [--models DIRECTORY] [--steps 1700]
 
 Every detector trains for a few minutes on two CPU cores and is kept in DIRECTORY; one that is there
 already is used as it is. The pictures show held-out scenes.
@@ -89,12 +89,10 @@ def train(variant: str, directory: Path, num_steps: int) -> None:
     print(f"{variant}: AP50 {metrics['map_50']:.2f} on {NUM_HELD_OUT} held-out scenes")
 
 
-def draw(models: Path, output: Path) -> None:
-    """Draw what the detectors find and look at."""
+def draw_findings(directory: Path, output: Path) -> None:
+    """Draw what a detector finds, what of it is true, and which queries objects are assigned to."""
     scenes = ShapeScenes(NUM_HELD_OUT, seed=HELD_OUT_SEED)
-    output.mkdir(parents=True, exist_ok=True)
-    detector, processor = load_detector(models / "efficient_detr")
-    detector.eval()
+    detector, processor = load_detector(directory)
     id2label = detector.config.id2label
     found, compared = [], []
     for index in DRAWN_SCENES:
@@ -109,10 +107,13 @@ def draw(models: Path, output: Path) -> None:
     scene = scenes[EXPLAINED_SCENE]
     assignment = explain_assignment(detector, processor, scene["image"], scene["annotations"])
     save_small(as_picture(assignment.figure()), output / "assignment.png")
-    for variant in SETTINGS:
-        detector, processor = load_detector(models / variant)
-        explanation = explain(detector.eval(), processor, scene["image"])
-        save_small(as_picture(explanation.figure()), output / f"explain_{variant}.png")
+
+
+def draw_explanation(directory: Path, path: Path) -> None:
+    """Draw why the best query of one scene fired."""
+    scene = ShapeScenes(NUM_HELD_OUT, seed=HELD_OUT_SEED)[EXPLAINED_SCENE]
+    explanation = explain(*load_detector(directory), scene["image"])
+    save_small(as_picture(explanation.figure()), path)
 
 
 def as_picture(figure: "Figure") -> Image.Image:
@@ -142,15 +143,18 @@ def save_small(picture: Image.Image, path: Path) -> None:
 def main() -> None:
     """Train what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--detectors", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--models", type=Path, default=Path("gallery_models"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="of training, per detector")
     options = parser.parse_args()
-    for variant in SETTINGS:
+    options.output.mkdir(parents=True, exist_ok=True)
+    for variant in options.detectors:
         directory = options.models / variant
         if not (directory / "config.json").exists():
             train(variant, directory, options.steps)
-    draw(options.models, options.output)
+        draw_explanation(directory, options.output / f"explain_{variant}.png")
+    draw_findings(options.models / options.detectors[0], options.output)
 
 
 if __name__ == "__main__":

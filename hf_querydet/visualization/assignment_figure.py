@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from hf_querydet.visualization.assignment import Assignment
 from hf_querydet.visualization.panels import draw_box, new_figure, show_picture
 
+WIDEST_PICTURE = 8.0  # inches
 OBJECT_COLORS, COST_COLORS = "Set2", "YlOrRd"
 
 
@@ -20,8 +21,9 @@ def assignment_figure(assignment: Assignment) -> Figure:
     ratio = min(max(picture.width / picture.height, 0.5), 2.0)
     height = max(4.0, 0.42 * num_objects + 1.2)
     table_width = 1.4 + 1.1 * len(assignment.layers)
-    figure = new_figure(4.0 * ratio + table_width, height)
-    panel, table = figure.subplots(1, 2, width_ratios=[4.0 * ratio, table_width])
+    picture_width = min((height - 0.8) * ratio, WIDEST_PICTURE)
+    figure = new_figure(picture_width + table_width, height)
+    panel, table = figure.subplots(1, 2, width_ratios=[picture_width, table_width])
     show_picture(panel, picture)
     panel.set(title="objects (dashed), queries of the last layer")
     colors = [colormaps[OBJECT_COLORS](index % 8) for index in range(num_objects)]

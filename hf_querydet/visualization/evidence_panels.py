@@ -77,7 +77,7 @@ def _draw_points(
             markers, head_points.transpose(0, 2, 1), head_weights, strict=True
         ):
             area = LARGEST_POINT * size / weights.max()
-            panel.scatter(x, y, s=area, marker=marker, color=color, edgecolor="white", lw=0.6)
+            panel.scatter(x, y, s=area, marker=marker, color=color, edgecolor="white", lw=0.5)
     outside = ((points < 0) | (points > picture.size)).any(-1)
     if outside.any():
         note(panel, f"{weights[outside].sum() / len(points):.0%} of the weight is outside")

@@ -76,7 +76,7 @@ def _layout(
     area = PANEL_AREA if num_columns > 2 else LARGE_PANEL_AREA
     width, height = (area * ratio) ** 0.5, (area / ratio) ** 0.5
     num_titles = num_lines if num_parts == 1 else 1
-    figure = new_figure(num_columns * width, num_lines * height + 0.3 * num_titles + 0.8)
+    figure = new_figure(num_columns * width, num_lines * (height + 0.25) + 0.3 * num_titles + 0.8)
     panels = figure.subplots(num_lines, num_columns, squeeze=False)
     rows = [list(panels.flat[1:num_panels])] if num_parts == 1 else [list(r[1:]) for r in panels]
     used = {panels[0, 0], *(panel for row in rows for panel in row)}

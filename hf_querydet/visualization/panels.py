@@ -90,7 +90,5 @@ def line_entry(color: Any, label: str, **style: Any) -> Line2D:
 
 
 def note(panel: Axes, text: str) -> None:
-    """A few words in the corner of a panel."""
-    frame = {"boxstyle": "round,pad=0.2", "fc": "black", "ec": "none", "alpha": 0.6}
-    style = {"color": "white", "fontsize": 8, "ha": "right", "va": "bottom"}
-    panel.text(0.985, 0.02, text, transform=panel.transAxes, bbox=frame, **style)
+    """A few words below a panel."""
+    panel.set_xlabel(text, fontsize=9)

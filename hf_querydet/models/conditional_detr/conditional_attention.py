@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_querydet.layers.attention import attend
+from hf_querydet.recording import DotProductRecord
 
 
 class ConditionalSelfAttention(nn.Module):
@@ -149,6 +150,19 @@ class ConditionalCrossAttention(nn.Module):
             self._side_by_side(query_content, self.q_spatial_proj(spatial_queries)),
             self._side_by_side(key_content, key_spatial),
         )
+
+    @torch.no_grad()
+    def record(
+        self,
+        map_shape: tuple[int, int, int],
+        *queries_and_memory: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> DotProductRecord:
+        """Where the queries look; takes what :meth:`forward` takes, after the shape of the map."""
+        query, key = self.project(*queries_and_memory)
+        head_size = query.shape[-1] // 2
+        parts = {"content": slice(0, head_size), "spatial": slice(head_size, None)}
+        return DotProductRecord(query, key, attention_mask, map_shape, parts)
 
     def _side_by_side(self, content: Tensor, spatial: Tensor) -> Tensor:
         """(batch, tokens, hidden_size) twice to (batch, tokens, heads, 2 * head_size)."""

@@ -110,8 +110,8 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
         memory: Tensor,
         memory_positions: Tensor,
         memory_mask: Tensor | None = None,
-        output_projections: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        record_shape: tuple[int, int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, DotProductRecord | None]:
         """Update the queries.
 
         Args:
@@ -121,32 +121,30 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
             memory: (batch, num_tokens, d_model).
             memory_positions: Same shape, or with a batch of 1.
             memory_mask: (batch, 1, 1, num_tokens), True = attend.
-            output_projections: Return the fourth result.
+            record_shape: One level, height and width of the map, if a record is wanted.
 
         Returns:
             Queries of the same shape; the weights of self-attention and of cross-attention if the
-            attention implementation returns them; projected queries and keys of cross-attention if
-            asked for.
+            attention implementation returns them; the record of where they look, if wanted.
         """
         # Self-attention
         update, self_weights = self.self_attention(object_queries, query_position_embeddings)
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Attention to the picture
-        parts = (
+        inputs = (
             object_queries,
             query_position_embeddings,
             spatial_queries,
             memory,
             memory_positions,
         )
-        update, cross_weights = self.cross_attention(*parts, memory_mask)
-        projections = None
-        if output_projections:
-            with torch.no_grad():
-                projections = self.cross_attention.project(*parts)
+        update, cross_weights = self.cross_attention(*inputs, memory_mask)
+        record = None
+        if record_shape is not None:
+            record = self.cross_attention.record(record_shape, *inputs, attention_mask=memory_mask)
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
-        return self.feed_forward(object_queries), self_weights, cross_weights, projections
+        return self.feed_forward(object_queries), self_weights, cross_weights, record
 
 
 class ConditionalDETRPreTrainedModel(DetectorPreTrainedModel):
@@ -286,31 +284,24 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
         # Decoder
         decoder_states, normed_states = [object_queries], []
         decoder_attentions, cross_attentions, layer_records = [], [], []
+        record_shape = (1, *features.shape[-2:]) if output_recording else None
         for index, layer in enumerate(self.decoder_layers):
             # The condition. The first layer's queries have found nothing yet that could scale it.
             spatial_queries = point_embeddings
             if index > 0:
                 spatial_queries = self.query_scale(object_queries) * point_embeddings
-            object_queries, self_weights, cross_weights, projections = layer(
+            object_queries, self_weights, cross_weights, record = layer(
                 object_queries,
                 query_positions,
                 spatial_queries,
                 memory,
                 positions,
                 memory_mask,
-                output_recording,
+                record_shape,
             )
             if output_recording:
                 layer_records.append(
-                    LayerRecord(
-                        DotProductRecord(
-                            *projections,
-                            memory_mask,
-                            map_shape=(1, *features.shape[-2:]),
-                            parts=self._score_parts(),
-                        ),
-                        reference_points=reference_points.detach(),
-                    )
+                    LayerRecord(record, reference_points=reference_points.detach())
                 )
             decoder_states.append(object_queries)
             # The norm makes a copy for the heads. Neither the next layer nor its scale reads it, or
@@ -331,11 +322,6 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
             reference_points=reference_points,
             layer_records=tuple(layer_records) if output_recording else None,
         )
-
-    def _score_parts(self) -> dict[str, slice]:
-        """Channels of a head's queries and keys whose products are a part of the score."""
-        head_size = self.config.d_model // self.config.decoder_attention_heads
-        return {"content": slice(0, head_size), "spatial": slice(head_size, None)}
 
     def _reference_points(self, query_positions: Tensor) -> Tensor:
         """(batch, num_queries, 2), at least float32: half types are too coarse for positions."""

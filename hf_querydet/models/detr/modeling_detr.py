@@ -61,8 +61,8 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
         memory: Tensor,
         memory_with_positions: Tensor,
         memory_mask: Tensor | None = None,
-        output_projections: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        record_shape: tuple[int, int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, DotProductRecord | None]:
         """Update the queries.
 
         Args:
@@ -71,12 +71,11 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
             memory: (batch, num_tokens, d_model), the values.
             memory_with_positions: Same shape, the keys.
             memory_mask: (batch, 1, 1, num_tokens), True = attend.
-            output_projections: Return the fourth result.
+            record_shape: One level, height and width of the map, if a record is wanted.
 
         Returns:
             Queries of the same shape; the weights of self-attention and of cross-attention if the
-            attention implementation returns them; projected queries and keys of cross-attention if
-            asked for.
+            attention implementation returns them; the record of where they look, if wanted.
         """
         # Self-attention
         query_and_key = object_queries + query_position_embeddings
@@ -87,13 +86,14 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
         update, cross_weights = self.cross_attention(
             query, memory_with_positions, memory, memory_mask
         )
-        projections = None
-        if output_projections:
+        record = None
+        if record_shape is not None:
             with torch.no_grad():
-                projections = self.cross_attention.project(query, memory_with_positions)
+                query, key = self.cross_attention.project(query, memory_with_positions)
+            record = DotProductRecord(query, key, memory_mask, record_shape, parts={})
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
-        return self.feed_forward(object_queries), self_weights, cross_weights, projections
+        return self.feed_forward(object_queries), self_weights, cross_weights, record
 
 
 class DETRPreTrainedModel(DetectorPreTrainedModel):
@@ -191,19 +191,18 @@ class DETRModel(DETRPreTrainedModel):
         memory_with_positions = memory + positions
         decoder_states, normed_states = [object_queries], []
         decoder_attentions, cross_attentions, layer_records = [], [], []
+        record_shape = (1, *features.shape[-2:]) if output_recording else None
         for layer in self.decoder_layers:
-            object_queries, self_weights, cross_weights, projections = layer(
+            object_queries, self_weights, cross_weights, record = layer(
                 object_queries,
                 query_positions,
                 memory,
                 memory_with_positions,
                 memory_mask,
-                output_recording,
+                record_shape,
             )
             if output_recording:
-                map_shape = (1, *features.shape[-2:])
-                evidence = DotProductRecord(*projections, memory_mask, map_shape, parts={})
-                layer_records.append(LayerRecord(evidence))
+                layer_records.append(LayerRecord(record))
             decoder_states.append(object_queries)
             # The norm makes a copy for the heads. What enters the next layer is not normed by it,
             # or asking for auxiliary outputs would change the last one.
