@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand."""
+"""The Python blocks of the README and of docs/inference.md run as they stand."""
 
 import os
 import re
@@ -10,10 +10,17 @@ from tiny import tiny_config
 
 import hf_querydet
 from hf_querydet import VARIANTS
+from hf_querydet.data import load_detection_dataset
 from hf_querydet.demo import build_detector
 
-README = Path(hf_querydet.__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(hf_querydet.__file__).parents[1]
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+BLOCKS = python_blocks("README.md")
 
 
 @pytest.fixture
@@ -39,3 +46,17 @@ def test_python_blocks_run_in_order(in_prepared_directory):
     assert len(BLOCKS) >= 4
     assert len(names["results"]) == 2
     assert os.path.isdir("outputs/trainer")
+
+
+def test_python_blocks_about_inference_run(in_prepared_directory, capsys):
+    dataset = load_detection_dataset("my_pictures", split="validation")
+    names = {
+        "pictures": (f"my_pictures/validation/{number}.png" for number in range(2)),
+        "dataset": dataset.with_labels(build_detector()[0].config.id2label),
+    }
+    blocks = python_blocks("docs/inference.md")
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert capsys.readouterr().out.count("tensor") >= 6
+    assert 0 <= names["metrics"]["map"] <= 1

@@ -55,6 +55,9 @@ def detect(
     draw: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Also draw the boxes.")
     ] = True,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also draw why the surest box was found.")
+    ] = False,
     batch_size: BatchSize = 8,
     num_workers: Annotated[
         int, typer.Option("--num-workers", min=0, help="Threads that read pictures ahead.")
@@ -75,10 +78,11 @@ def detect(
         list_pictures,
         load_for_inference,
         picture_drawer,
+        picture_explainer,
         result_writer,
     )
 
-    if draw:
+    if draw or explain:
         _keep_safe(pictures, output)
     num_files = sum(1 for _ in list_pictures(pictures, exclude=output))
     if num_files == 0:
@@ -86,6 +90,8 @@ def detect(
     state = start_process(cpu)
     detector, processor = load_for_inference(model, device=state.device, revision=revision)
     id2label = detector.config.id2label
+    on_detected = [picture_drawer(output, id2label)] if draw else []
+    on_detected += [picture_explainer(output, detector, processor)] if explain else []
     results = detect_in_files(
         detector,
         processor,
@@ -93,7 +99,7 @@ def detect(
         batch_size=batch_size,
         threshold=threshold,
         num_workers=num_workers,
-        on_detected=picture_drawer(output, id2label) if draw else None,
+        on_detected=on_detected,
     )
     with autocast(state.device, mixed_precision):
         if not state.is_main_process:
@@ -103,6 +109,8 @@ def detect(
             bar = tqdm(results, "detect", num_files, unit="picture", leave=False, disable=None)
             counts = _write(bar, write)
     typer.echo(f"{counts['objects']} objects in {counts['pictures']} pictures: see {output}")
+    if counts["pictures"] and not counts["objects"]:
+        typer.echo(f"No score is above {threshold}; --threshold lowers that.")
     if counts["unreadable"]:
         typer.echo(f"{counts['unreadable']} files could not be read.", err=True)
         raise typer.Exit(1)

@@ -110,6 +110,8 @@ def evaluate(
         metrics = evaluate_detector(
             detector, processor, batches, evaluator, threshold=score_threshold, device=state.device
         )
+    if len(evaluator) == 0:
+        raise ValueError(f"There are no pictures in {dataset}, {split}.")
     if not state.is_main_process:
         return
     typer.echo(f"{len(evaluator)} pictures of {dataset}, {split}\n\n{format_table(metrics)}")

@@ -14,7 +14,6 @@ from typing import Any, Self
 import datasets
 import torch
 import torch.utils.data
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from transformers.utils import logging
 
@@ -218,7 +217,7 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
         self, rows: datasets.IterableDataset, reader: RowReader, *, skip_bad_images: bool = False
     ):
         super().__init__(rows, reader)
-        self._rank, self._num_processes = 0, 1
+        self._rank, self._num_processes, self._batch_size = 0, 1, 1
         self._skip_list = _SkipList() if skip_bad_images else None
 
     @property
@@ -243,21 +242,24 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
         """Set the epoch that the order of a shuffled stream depends on."""
         self.rows.set_epoch(epoch)
 
-    def split_by_process(self, rank: int, num_processes: int) -> Self:
-        """A copy with the share of one process; shares may differ in length by some rows."""
+    def split_by_process(self, rank: int, num_processes: int, *, batch_size: int) -> Self:
+        """A copy with the share of one process; see :meth:`DetectionDataset.split_by_process`.
+
+        Every process reads all rows, but decodes only its own pictures. Where rows are skipped, a
+        batch is filled up from the next one of the share.
+        """
         other = copy.copy(self)
-        other.rows = split_dataset_by_node(self.rows, rank=rank, world_size=num_processes)
-        other._rank, other._num_processes = rank, num_processes
+        other._rank, other._num_processes, other._batch_size = rank, num_processes, batch_size
         return other
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = self._rank * num_workers + worker_id
-        step = self._num_processes * num_workers
         for count, row in enumerate(self.rows):
+            if count // self._batch_size % self._num_processes != self._rank:
+                continue
             try:
-                yield self._item(row, first + count * step)
+                yield self._item(row, worker_id + count * num_workers)
             except BadExampleError as error:
                 if self._skip_list is None:
                     raise

@@ -61,9 +61,8 @@ def evaluation_loader(
 ) -> DataLoader:
     """A loader of this process's share of a dataset, for :func:`evaluate_detector`.
 
-    Under several processes each loads its share. No picture is in two shares or in none, and with
-    random access the batches are those of one process. The rows of a stream are dealt out instead,
-    so that its batches hold other pictures.
+    Under several processes each loads its share of the batches that one process would load. No
+    picture is in two shares or in none.
 
     Args:
         dataset: With the labels of the model, see ``with_labels``.
@@ -75,11 +74,9 @@ def evaluation_loader(
         A loader whose batches are those of :class:`~hf_querydet.data.DetectionCollator`.
     """
     state = PartialState()
-    place = (state.process_index, state.num_processes)
-    if isinstance(dataset, IterableDetectionDataset):
-        share = dataset.split_by_process(*place)
-    else:
-        share = dataset.split_by_process(*place, batch_size=batch_size)
+    share = dataset.split_by_process(
+        state.process_index, state.num_processes, batch_size=batch_size
+    )
     return DataLoader(
         share.with_processor(processor),
         batch_size=batch_size,

@@ -1,7 +1,7 @@
 """Detectors at work: from pictures, or files of them, to boxes."""
 
 from hf_querydet.inference.detection import autocast, detect, load_for_inference, predict
-from hf_querydet.inference.drawn_pictures import drawn_path, picture_drawer
+from hf_querydet.inference.drawn_pictures import drawn_path, picture_drawer, picture_explainer
 from hf_querydet.inference.file_detection import FileDetections, detect_in_files
 from hf_querydet.inference.picture_files import PictureFile, list_pictures
 from hf_querydet.inference.result_files import result_writer
@@ -16,6 +16,7 @@ __all__ = [
     "list_pictures",
     "load_for_inference",
     "picture_drawer",
+    "picture_explainer",
     "predict",
     "result_writer",
 ]

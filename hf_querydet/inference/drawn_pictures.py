@@ -1,7 +1,7 @@
-"""Copies of picture files with boxes drawn on them."""
+"""Pictures that are made of picture files: copies with boxes, and explanations."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -9,26 +9,52 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from hf_querydet.file_writing import partial_path
+from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.inference.file_detection import OnDetected
 from hf_querydet.inference.picture_files import PictureFile
-from hf_querydet.visualization import draw_detections
+from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.visualization import draw_detections, explain
 
 QUALITY = 95  # of JPEG and WebP
 OTHER_SUFFIX = ".png"
+EXPLANATION_SUFFIX = ".explanation.png"
 
 
-def picture_drawer(
-    output_dir: str | os.PathLike, id2label: Mapping[int, str]
-) -> Callable[[PictureFile, Tensor, Mapping[str, Tensor]], None]:
-    """Make the ``on_detected`` of :func:`detect_in_files` that draws boxes on copies of pictures.
+def picture_drawer(output_dir: str | os.PathLike, id2label: Mapping[int, str]) -> OnDetected:
+    """For :func:`detect_in_files`: draws the boxes on a copy of each picture.
 
     Args:
-        output_dir: Gets a copy of each picture, see :func:`drawn_path`.
+        output_dir: Gets the copies, see :func:`drawn_path`.
         id2label: ``model.config.id2label``.
     """
 
     def draw(file: PictureFile, picture: Tensor, detections: Mapping[str, Tensor]) -> None:
         drawn = draw_detections(picture, detections, id2label=id2label)
         save_picture(drawn, drawn_path(output_dir, file))
+
+    return draw
+
+
+def picture_explainer(
+    output_dir: str | os.PathLike,
+    model: DetectorPreTrainedModel,
+    processor: DetectionImageProcessor,
+) -> OnDetected:
+    """For :func:`detect_in_files`: draws why the surest detection of each picture was made.
+
+    Where nothing was found, it is the surest of what was dropped. The model sees each picture once
+    more, by itself.
+
+    Args:
+        output_dir: Gets the figures, called like the file with ``.explanation.png`` added.
+        model: See :func:`hf_querydet.visualization.explain`.
+        processor: As above.
+    """
+
+    def draw(file: PictureFile, picture: Tensor, detections: Mapping[str, Tensor]) -> None:
+        queries = detections["queries"].tolist()
+        explanation = explain(model, processor, picture, queries[0] if queries else "best")
+        explanation.save(Path(output_dir, file.name + EXPLANATION_SUFFIX))
 
     return draw
 

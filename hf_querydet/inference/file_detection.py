@@ -1,7 +1,7 @@
 """Detection in files, shared among processes."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -13,6 +13,8 @@ from hf_querydet.inference.batching import in_batches, read_ahead
 from hf_querydet.inference.detection import detect_batch, read_for
 from hf_querydet.inference.picture_files import PictureFile
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+
+OnDetected = Callable[[PictureFile, Tensor, Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def detect_in_files(
     batch_size: int = 8,
     threshold: float = 0.5,
     num_workers: int = 0,
-    on_detected: Callable[[PictureFile, Tensor, dict[str, Tensor]], None] | None = None,
+    on_detected: Sequence[OnDetected] = (),
 ) -> Iterator[FileDetections]:
     """Find objects in any number of files, in any number of processes.
 
@@ -63,8 +65,8 @@ def detect_in_files(
         threshold: Detections with a score above it are kept.
         num_workers: Threads per process that read files while the model computes, each a batch
             ahead.
-        on_detected: Called with each picture, (channels, height, width), and its detections in the
-            process that has found them.
+        on_detected: Called with each picture, (channels, height, width), and its detections, in the
+            process that has found them; for example :func:`picture_drawer`.
 
     Returns:
         One result per file.
@@ -74,8 +76,9 @@ def detect_in_files(
     """
     state = PartialState()
     rounds = in_batches(in_batches(files, batch_size), state.num_processes)
+    rank = state.process_index
     # The last round may have no batch for this process, which takes part in it all the same.
-    shares = ((*batches, *[[]] * state.num_processes)[state.process_index] for batches in rounds)
+    shares = (batches[rank] if rank < len(batches) else [] for batches in rounds)
 
     def read(share: list[PictureFile]) -> list[tuple[PictureFile, Tensor | str]]:
         return [(file, _read(processor, file)) for file in share]
@@ -99,7 +102,7 @@ def _detect(
     processor: DetectionImageProcessor,
     contents: list[tuple[PictureFile, Tensor | str]],
     threshold: float,
-    on_detected: Callable[[PictureFile, Tensor, dict[str, Tensor]], None] | None,
+    on_detected: Sequence[OnDetected],
 ) -> list[FileDetections]:
     """Results of one batch, those of unreadable files among them."""
     pictures = {file: content for file, content in contents if isinstance(content, Tensor)}
@@ -113,8 +116,8 @@ def _detect(
         if file not in found:
             results.append(FileDetections(file.name, error=content))
             continue
-        if on_detected is not None:
-            on_detected(file, content, found[file])
+        for call in on_detected:
+            call(file, content, found[file])
         results.append(_in_plain_numbers(file, content, found[file]))
     return results
 

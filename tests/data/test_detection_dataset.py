@@ -1,5 +1,7 @@
+import itertools
 import json
 import pickle
+import re
 import time
 
 import datasets
@@ -287,14 +289,55 @@ def stream_without_ids(tmp_path):
     return IterableDetectionDataset(stream, RowReader(table, "category", has_image_ids=False))
 
 
-def test_workers_and_processes_share_a_stream_without_repeating_rows_or_ids(stream_without_ids):
-    shares = [stream_without_ids.split_by_process(rank, 2) for rank in range(2)]
-    split_by_worker = list(DataLoader(stream_without_ids, num_workers=2, batch_size=None))
+def test_workers_share_a_stream_without_repeating_rows_or_ids(stream_without_ids):
+    items = list(DataLoader(stream_without_ids, num_workers=2, batch_size=None))
 
-    for items in ([*shares[0], *shares[1]], split_by_worker):
-        assert sorted(item["image"].width for item in items) == list(range(20, 27))
-        ids = [item["annotations"]["image_id"] for item in items]
-        assert len(set(ids)) == 7
+    assert sorted(item["image"].width for item in items) == list(range(20, 27))
+    ids = [item["annotations"]["image_id"] for item in items]
+    assert len(set(ids)) == 7
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_processes_share_the_batches_of_a_stream(stream_without_ids, num_workers):
+    def batches(dataset):
+        options = {"num_workers": num_workers, "batch_size": 2, "collate_fn": list}
+        return [
+            [(item["image"].width, item["annotations"]["image_id"]) for item in batch]
+            for batch in DataLoader(dataset, **options)
+        ]
+
+    alone = batches(stream_without_ids)
+    shares = [
+        batches(stream_without_ids.split_by_process(rank, 3, batch_size=2)) for rank in range(3)
+    ]
+
+    assert sorted(itertools.chain.from_iterable(shares)) == sorted(alone)
+
+
+def test_processes_share_the_batches_of_a_dataset(image_folder):
+    dataset = load_detection_dataset(image_folder, split="train")
+
+    shares = [dataset.split_by_process(rank, 2, batch_size=1) for rank in range(2)]
+    pairs = [dataset.split_by_process(rank, 2, batch_size=3) for rank in range(2)]
+
+    assert [[item["image"].size for item in share] for share in shares] == [SIZES[::2], SIZES[1::2]]
+    assert [[item["image"].size for item in share] for share in pairs] == [SIZES[:3], SIZES[3:]]
+
+
+def test_own_id_of_a_picture_is_what_its_column_says(tmp_path):
+    folder = write_image_folder(tmp_path / "pictures")
+    numbered = load_detection_dataset(folder, split="train")
+    assert numbered.own_image_id(13) == 13
+
+    file = folder / "metadata.jsonl"
+    text = file.read_text()
+    file.write_text(re.sub(r'"image_id": (\d+)', r'"image_id": "no \1"', text))
+    named = load_detection_dataset(folder, split="train")
+    assert named[1]["annotations"]["image_id"] == 1
+    assert named.own_image_id(1) == "no 13"
+
+    file.write_text(re.sub(r'"image_id": \d+, ', "", text))
+    assert load_detection_dataset(folder, split="train").own_image_id(2) == 2
 
 
 def test_a_shuffled_stream_has_a_new_order_each_epoch(stream_without_ids):

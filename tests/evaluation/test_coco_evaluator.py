@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 import tracemalloc
 
@@ -328,6 +329,19 @@ def test_results_are_in_the_terms_of_the_dataset():
     assert evaluator.coco_results() == [
         {"image_id": 77, "category_id": 18, "bbox": [10.0, 20.0, 30.0, 40.0], "score": 0.75}
     ]
+
+
+def test_results_have_the_own_ids_of_pictures_and_are_written_as_they_are(tmp_path):
+    scenes = SceneMaker(num_pictures=3)
+    evaluator = feed(CocoEvaluator(ID2LABEL, own_image_id="scan {}".format), scenes)
+    plain = feed(CocoEvaluator(ID2LABEL), scenes).coco_results()
+
+    evaluator.write_coco_results(tmp_path / "new" / "results.json")
+
+    expected = [{**row, "image_id": f"scan {row['image_id']}"} for row in plain]
+    assert len(expected) > 0
+    assert evaluator.coco_results() == expected
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == expected
 
 
 def test_memory_is_that_of_the_detections_kept():
