@@ -1,32 +1,20 @@
-"""Makes docs/images: what small detectors, trained here on generated scenes, find and look at.
+"""Makes docs/images: what a detector that was trained on generated scenes finds and looks at.
 
-    python docs/make_gallery.py [--models DIRECTORY] [--output docs/images] [--steps 1700]
+    hf-querydet demo --output-dir demo
+    python docs/make_gallery.py --model demo [--output docs/images]
 
-Every detector trains for a few minutes on two CPU cores and is kept in DIRECTORY; one that is there
-already is used as it is. The pictures show held-out scenes.
+The pictures show held-out scenes.
 """
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from transformers import set_seed
 
-from hf_querydet import VARIANTS, load_detector
-from hf_querydet.demo import (
-    BACKBONE,
-    DETECTOR,
-    ENLARGEMENT,
-    HELD_OUT_SEED,
-    NUM_STEPS,
-    SCENE_SIZE,
-    SEED,
-    SHAPES,
-    ShapeScenes,
-    train_on_scenes,
-)
+from hf_querydet import load_detector
+from hf_querydet.demo import ENLARGEMENT, HELD_OUT_SEED, ShapeScenes
 from hf_querydet.visualization import (
     draw_comparison,
     draw_detections,
@@ -38,81 +26,33 @@ from hf_querydet.visualization import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_SCENES, NUM_HELD_OUT = 2000, 100
 # Chosen by looking at them.
-DRAWN_SCENES, EXPLAINED_SCENE = (0, 1, 2), 0
+DRAWN_SCENES, EXPLAINED_SCENE = (5, 7, 12), 7
 THRESHOLD = 0.3
-NUM_COLORS, MOST_BYTES = 96, 80_000
-SMALL = {name: value for name, value in DETECTOR.items() if name != "num_feature_levels"}
-STAGES = {
-    name: SMALL[name]
-    for name in ("num_queries", "d_model", "decoder_attention_heads", "decoder_ffn_dim", "dropout")
-}
-# The first is the demo's. Maps of stride 16 for those that attend to cells: the scenes are small.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "efficient_detr": {**DETECTOR, "backbone_config": BACKBONE},
-    "conditional_detr": {
-        **SMALL,
-        "decoder_layers": 3,
-        "backbone_config": {**BACKBONE, "out_indices": [3]},
-    },
-    "anchor_detr": {
-        **{name: value for name, value in SMALL.items() if name != "num_queries"},
-        "num_query_positions": 30,
-        "num_query_patterns": 1,
-        "decoder_layers": 3,
-        "backbone_config": {**BACKBONE, "out_indices": [3]},
-    },
-    "sparse_rcnn": {
-        **STAGES,
-        "decoder_layers": 3,
-        "dynamic_dim": 16,
-        "backbone_config": {**BACKBONE, "out_indices": [1, 2, 3, 4]},
-    },
-}
+NUM_COLORS, MOST_BYTES = 200, 100_000
 
 
-def train(variant: str, directory: Path, num_steps: int) -> None:
-    """Train a small detector and save it, with its image processor."""
-    set_seed(SEED)
-    row = VARIANTS[variant]
-    config = row.config(id2label=dict(enumerate(SHAPES)), **SETTINGS[variant])
-    size = {"shortest_edge": SCENE_SIZE, "longest_edge": SCENE_SIZE}
-    metrics = train_on_scenes(
-        row.detector(config),
-        row.image_processor(size=size),
-        directory,
-        training=ShapeScenes(NUM_SCENES, seed=SEED),
-        held_out=ShapeScenes(NUM_HELD_OUT, seed=HELD_OUT_SEED),
-        num_steps=num_steps,
-    )
-    print(f"{variant}: AP50 {metrics['map_50']:.2f} on {NUM_HELD_OUT} held-out scenes")
-
-
-def draw(models: Path, output: Path) -> None:
-    """Draw what the detectors find and look at."""
-    scenes = ShapeScenes(NUM_HELD_OUT, seed=HELD_OUT_SEED)
-    output.mkdir(parents=True, exist_ok=True)
-    detector, processor = load_detector(models / "efficient_detr")
-    detector.eval()
-    id2label = detector.config.id2label
+def draw_gallery(model: str, output: Path) -> None:
+    """Draw what a detector finds, what of it is true, which queries objects get, and why."""
+    scenes = ShapeScenes(max(*DRAWN_SCENES, EXPLAINED_SCENE) + 1, seed=HELD_OUT_SEED)
+    detector, processor = load_detector(model)
+    options = {"id2label": detector.config.id2label, "scale": ENLARGEMENT}
     found, compared = [], []
     for index in DRAWN_SCENES:
         scene = scenes[index]
         detections = record(detector, processor, scene["image"])[0].detections
         sure = {key: values[detections["scores"] > THRESHOLD] for key, values in detections.items()}
-        options = {"id2label": id2label, "scale": ENLARGEMENT}
         found.append(draw_detections(scene["image"], sure, **options))
         compared.append(draw_comparison(scene["image"], sure, scene["annotations"], **options))
-    save_small(side_by_side(found), output / "detections.png")
-    save_small(side_by_side(compared), output / "comparison.png")
     scene = scenes[EXPLAINED_SCENE]
     assignment = explain_assignment(detector, processor, scene["image"], scene["annotations"])
+    explanation = explain(detector, processor, scene["image"])
+
+    output.mkdir(parents=True, exist_ok=True)
+    save_small(side_by_side(found), output / "detections.png")
+    save_small(side_by_side(compared), output / "comparison.png")
     save_small(as_picture(assignment.figure()), output / "assignment.png")
-    for variant in SETTINGS:
-        detector, processor = load_detector(models / variant)
-        explanation = explain(detector.eval(), processor, scene["image"])
-        save_small(as_picture(explanation.figure()), output / f"explain_{variant}.png")
+    save_small(as_picture(explanation.figure()), output / "explanation.png")
 
 
 def as_picture(figure: "Figure") -> Image.Image:
@@ -132,7 +72,9 @@ def save_small(picture: Image.Image, path: Path) -> None:
     while True:
         size = (width, round(picture.height * width / picture.width))
         shrunk = picture.resize(size, Image.Resampling.LANCZOS)
-        shrunk.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+        # This method keeps the colours of thin lines and small points.
+        few = shrunk.quantize(NUM_COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
         if path.stat().st_size <= MOST_BYTES:
             print(f"{path}: {path.stat().st_size // 1000} KB")
             return
@@ -140,17 +82,12 @@ def save_small(picture: Image.Image, path: Path) -> None:
 
 
 def main() -> None:
-    """Train what is missing, then draw."""
+    """Draw into the directory that is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=Path("gallery_models"))
+    parser.add_argument("--model", required=True, help="trained on the scenes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="of training, per detector")
     options = parser.parse_args()
-    for variant in SETTINGS:
-        directory = options.models / variant
-        if not (directory / "config.json").exists():
-            train(variant, directory, options.steps)
-    draw(options.models, options.output)
+    draw_gallery(options.model, options.output)
 
 
 if __name__ == "__main__":

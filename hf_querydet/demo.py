@@ -159,54 +159,11 @@ def run_demo(
     Returns:
         COCO's numbers on the held-out scenes, see :meth:`CocoEvaluator.compute`.
     """
+    output_dir = Path(output_dir)
     set_seed(SEED)
     model, processor = build_detector()
     held_out = ShapeScenes(num_held_out, seed=HELD_OUT_SEED)
-    metrics = train_on_scenes(
-        model,
-        processor,
-        output_dir,
-        training=ShapeScenes(num_scenes, seed=SEED),
-        held_out=held_out,
-        num_steps=num_steps,
-    )
-    detect = pipeline("object-detection", model=str(output_dir))
-    pictures = [held_out[index]["image"] for index in range(min(NUM_DRAWN, num_held_out))]
-    drawn = [
-        draw_detections(
-            picture,
-            detect(picture, threshold=DRAWN_ABOVE),
-            id2label=model.config.id2label,
-            scale=ENLARGEMENT,
-        )
-        for picture in pictures
-    ]
-    _side_by_side(drawn).save(Path(output_dir) / PICTURE_NAME)
-    return metrics
-
-
-def train_on_scenes(
-    model: DetectorPreTrainedModel,
-    processor: DetectionImageProcessor,
-    output_dir: str | os.PathLike,
-    *,
-    training: ShapeScenes,
-    held_out: ShapeScenes,
-    num_steps: int,
-) -> dict[str, float]:
-    """Train a new detector, of any variant, and save it with its image processor.
-
-    Args:
-        model: Starts from random weights.
-        processor: Its image processor.
-        output_dir: Where both are saved.
-        training: Scenes to learn from.
-        held_out: Scenes to evaluate on.
-        num_steps: Optimizer steps.
-
-    Returns:
-        COCO's numbers on the held-out scenes, see :meth:`CocoEvaluator.compute`.
-    """
+    training = ShapeScenes(num_scenes, seed=SEED)
     trainer = DetectionTrainer(
         model=model,
         args=TrainingArguments(
@@ -234,6 +191,19 @@ def train_on_scenes(
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
+
+    detect = pipeline("object-detection", model=str(output_dir))
+    pictures = [held_out[index]["image"] for index in range(min(NUM_DRAWN, num_held_out))]
+    drawn = [
+        draw_detections(
+            picture,
+            detect(picture, threshold=DRAWN_ABOVE),
+            id2label=model.config.id2label,
+            scale=ENLARGEMENT,
+        )
+        for picture in pictures
+    ]
+    _side_by_side(drawn).save(output_dir / PICTURE_NAME)
     return {key.removeprefix("eval_"): value for key, value in metrics.items()}
 
 

@@ -25,7 +25,7 @@ def assignment_figure(assignment: Assignment) -> Figure:
     figure = new_figure(picture_width + table_width, height)
     panel, table = figure.subplots(1, 2, width_ratios=[picture_width, table_width])
     show_picture(panel, picture)
-    panel.set(title="objects (dashed), queries of the last layer")
+    panel.set_title("objects (dashed), last queries", fontsize=10)
     colors = [colormaps[OBJECT_COLORS](index % 8) for index in range(num_objects)]
     for box, assigned, color in zip(assignment.boxes, assignment.layers[-1], colors, strict=True):
         draw_box(panel, box, color=color, linestyle="--")
@@ -61,7 +61,7 @@ def _draw_costs(table: Axes, assignment: Assignment, colors: Sequence[Any]) -> N
                 fontsize=8,
             )
     table.imshow(costs, cmap=COST_COLORS, alpha=0.6, aspect="auto")
-    table.set_title("query and cost of the match")
+    table.set_title("query and cost of the match", fontsize=10)
     table.set_xticks(range(num_layers), [f"layer {layer + 1}" for layer in range(num_layers)])
     table.set_yticks(range(num_objects), assignment.names)
     table.tick_params(length=0)

@@ -19,6 +19,7 @@ OTHER_NAMES = sorted(
     set(re.findall(r"`([^`]+)`", re.sub(r"\[`[^]]*\]\[[\w-]+\]|```.*?```", "", TEXT, flags=re.S)))
 )
 COMMANDS = {
+    "hf-querydet demo",
     "hf-querydet info",
     "hf-querydet explain demo scene.png",
     "python examples/app.py --model demo",
@@ -67,6 +68,13 @@ def test_named_code_is_in_the_linked_file(name, reference):
 
 def test_every_reference_is_used_and_every_use_has_one():
     assert {reference for _, reference in LINKED_NAMES} == set(PATHS)
+
+
+def test_pictures_exist_and_are_small():
+    pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", TEXT)
+    assert pictures
+    for picture in pictures:
+        assert 0 < (PAGE.parent / picture).stat().st_size < 80_000
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
