@@ -30,7 +30,8 @@ def forward(variant: str, size: str, **options: Any) -> Callable[[], list[torch.
     """One forward of a model whose weights are the same in every process."""
     torch.manual_seed(0)
     config_class = VARIANTS[variant].config
-    config = config_class.from_name(next(iter(config_class.named_configurations)))
+    name = next(iter(config_class.named_configurations))
+    config = config_class.from_name(name, use_pretrained_backbone=False)
     model = VARIANTS[variant].detector(config).eval()
     pixel_values = torch.randn(1, 3, *map(int, size.split("x")))
 
