@@ -95,7 +95,10 @@ def test_same_weights_give_the_detections_of_transformers(kind, scale, tmp_path)
     )
 
     assert not any(info.values())
-    assert_equal_detections(model, expected, **tiny_batch())
+    # In double: a norm that is folded into its convolution rounds elsewhere.
+    batch = tiny_batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    assert_equal_detections(model.double(), expected.double(), **batch)
 
 
 def test_every_tensor_of_the_file_is_used_unchanged(tmp_path):
