@@ -122,9 +122,18 @@ def test_converted_detector_gives_the_authors_detections(case):
         ("detr", {}, False),
         ("detr", {}, True),
         ("deformable_detr", {"levels": 1}, True),
+        ("conditional_detr", {}, True),
+        ("anchor_detr", {}, True),
         ("sparse_rcnn", {}, False),
     ],
-    ids=["DETR", "DETR DC5", "Deformable DETR DC5", "Sparse R-CNN"],
+    ids=[
+        "DETR",
+        "DETR DC5",
+        "Deformable DETR DC5",
+        "Conditional DETR DC5",
+        "Anchor DETR DC5",
+        "Sparse R-CNN",
+    ],
 )
 def test_resnet50_gives_the_authors_detections(variant, changes, dilation):
     tensors = tensors_of(variant, kind=RESNET50, **changes)

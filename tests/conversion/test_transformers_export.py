@@ -20,6 +20,10 @@ KINDS = {
     "detr batch norm": ("detr", {"backbone_norm": "batch", "frozen_backbone_stages": 0}),
     "conditional": ("conditional_detr", {}),
     "conditional timm": ("conditional_detr", {"backbone_config": {**TIMM, "out_indices": [-1]}}),
+    "conditional dc5": (
+        "conditional_detr",
+        {"backbone_config": {**TIMM, "out_indices": [-1]}, "dilation": True},
+    ),
     "deformable": ("deformable_detr", {}),
     "deformable timm": (
         "deformable_detr",
@@ -28,6 +32,14 @@ KINDS = {
     "deformable one level": (
         "deformable_detr",
         {"num_feature_levels": 1, "backbone_config": dict(TINY_BACKBONE)},
+    ),
+    "deformable one level dc5": (
+        "deformable_detr",
+        {
+            "num_feature_levels": 1,
+            "backbone_config": {**TIMM, "out_indices": [-1]},
+            "dilation": True,
+        },
     ),
     "deformable refine": ("deformable_detr", REFINE),
     "deformable two-stage": ("deformable_detr", TWO_STAGE),
