@@ -40,7 +40,9 @@ def start_process(cpu: bool) -> "PartialState":
     disable_progress_bar()  # shown for every file of weights, by every process
     # Said in so many words, or several processes without a GPU would each work alone.
     state = PartialState(cpu=cpu or not torch.accelerator.is_available())
-    atexit.register(state.destroy_process_group)  # NCCL warns of groups that are left
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # NCCL warns of groups that are left.
+        atexit.register(torch.distributed.destroy_process_group)
     return state
 
 
