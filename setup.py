@@ -38,7 +38,13 @@ EXTRAS = {
     "demo": ["gradio>=6.0,<7"],  # a new major version renames what a page is made of
     "browser": ["selenium>=4.30"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
-    "dev": ["pytest>=8", "pycocotools>=2.0.8", "ruff>=0.12", "tensorboard>=2.16"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "pycocotools>=2.0.8",
+        "ruff>=0.12",
+        "tensorboard>=2.16",
+    ],
 }
 EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["plots"]
 EXTRAS["demo"] += EXTRAS["plots"]

@@ -16,6 +16,8 @@ os.environ["HF_HOME"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Of the processes that tests start; the tensors are tiny, more threads only wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):
@@ -26,7 +28,7 @@ def pytest_configure(config):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # The tensors are tiny: more threads only wait for one another.
+    # As for the processes above.
     torch.set_num_threads(1)
     _use_given_kernels()
 

@@ -67,7 +67,6 @@ def environment(changes=None):
         **os.environ,
         "PYTHONPATH": package_root,
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         **(changes or {}),
     }

@@ -52,10 +52,8 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_two_processes_write_the_files_of_one(workplace, monkeypatch):
+def test_two_processes_write_the_files_of_one(workplace):
     run_commands(workplace, "alone")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
     debug_launcher(run_commands, args=(str(workplace), "together"), num_processes=2)
 
     alone, together = content(workplace / "alone"), content(workplace / "together")
@@ -83,7 +81,6 @@ def test_launched_command_ends_with_the_code_of_one(workplace, tmp_path):
             **os.environ,
             "PYTHONPATH": str(Path(hf_querydet.__file__).parents[1]),
             "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
         },
         check=False,
     )

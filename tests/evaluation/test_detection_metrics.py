@@ -56,10 +56,7 @@ def evaluate_share(folder, detector, processor, dataset):
     (Path(folder) / f"{rank}.json").write_text(json.dumps(metrics))
 
 
-def test_two_processes_give_the_numbers_of_the_whole_set(
-    tmp_path, detector, processor, dataset, monkeypatch
-):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_processes_give_the_numbers_of_the_whole_set(tmp_path, detector, processor, dataset):
     expected = by_hand(detector, processor, dataset)
 
     debug_launcher(

@@ -57,11 +57,9 @@ def evaluate_share(folder):
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
 
 
-def test_every_process_gets_the_numbers_of_one(tmp_path, monkeypatch):
+def test_every_process_gets_the_numbers_of_one(tmp_path):
     alone = evaluate(range(NUM_PICTURES))
     expected = alone.compute()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
     debug_launcher(evaluate_share, args=(str(tmp_path),), num_processes=2)
 
     assert 0 < expected["map"] < 1

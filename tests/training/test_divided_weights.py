@@ -66,9 +66,7 @@ def compare_losses(folder):
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
 
 
-def test_divided_weights_have_the_losses_of_whole_ones(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
+def test_divided_weights_have_the_losses_of_whole_ones(tmp_path):
     debug_launcher(compare_losses, args=(str(tmp_path),), num_processes=2)
 
     results = json.loads((tmp_path / "0.json").read_text())
