@@ -5,10 +5,11 @@
 DIRECTORY holds `train` and `validation`, each a picture folder with metadata.jsonl; the numbers in
 benchmarks/results are those of BCCD's blood cells (205 and 87 pictures, 3 classes).
 
-The same for every variant: ResNet-18, 128 channels, 3 encoder layers where the variant has an
-encoder, 3 decoder layers (Efficient DETR 1), 100 queries, pictures of 256x192, batches of 8, the
-papers' augmentation, AdamW. The clock counts training, not evaluation; the learning rate follows
-it (warm-up over the first twentieth, then a cosine), so a faster variant takes more steps.
+Detector and settings are those of the small recipe (`hf_querydet/models/VARIANT/recipe.py`,
+`--recipe small` of the training script): ResNet-18, 128 channels, 3 encoder layers where the
+variant has an encoder, 3 decoder layers (Efficient DETR 1), 100 queries, pictures of 256x192,
+batches of 8, the papers' augmentation, AdamW. The clock counts training, not evaluation; the
+learning rate follows it, so a faster variant takes more steps.
 
 `--library transformers` trains transformers' own class of the variant in the same way. `--tune`
 evaluates on every fifth training picture and trains on the others, for choosing settings without
@@ -16,6 +17,7 @@ looking at the validation pictures.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -36,70 +38,68 @@ from hf_querydet import VARIANTS
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
 from hf_querydet.evaluation import CocoEvaluator, format_table
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
+from hf_querydet.recipe_utils import SmallRecipe
+from hf_querydet.training import parameter_groups
 
-SIZE = {"shortest_edge": 192, "longest_edge": 256}
-COMMON = {"d_model": 128, "num_queries": 100}
-LAYERS = {"encoder_layers": 3, "decoder_layers": 3}
-ATTENTION = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
-FEED_FORWARD = {"encoder_ffn_dim": 512, "decoder_ffn_dim": 512}
-STAGES = {"decoder_layers": 3, "decoder_attention_heads": 8, "decoder_ffn_dim": 512}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "detr": LAYERS | ATTENTION | FEED_FORWARD,
-    "deformable_detr": LAYERS | ATTENTION | FEED_FORWARD | {"with_box_refine": True},
-    "conditional_detr": LAYERS | ATTENTION | FEED_FORWARD,
-    "efficient_detr": LAYERS | ATTENTION | FEED_FORWARD | {"decoder_layers": 1},
-    "anchor_detr": LAYERS
-    | ATTENTION
-    | FEED_FORWARD
-    | {"num_query_positions": 50, "num_query_patterns": 2},
-    "sparse_rcnn": STAGES | {"dynamic_dim": 32},
-    "dynamic_detr": STAGES | {"encoder_layers": 3},
-}
 # transformers' classes of the same variants; the other four exist in no other library of its kind.
 PEERS = {
     "detr": "Detr",
     "deformable_detr": "DeformableDetr",
     "conditional_detr": "ConditionalDetr",
 }
-LEARNING_RATE = 4e-4
-WARMUP = 0.05
-BATCH_SIZE = 8
 
 
-def build_detector(variant: str, library: str, id2label: dict[int, str]) -> nn.Module:
+def build_detector(library: str, variant: str, fields: dict[str, Any]) -> nn.Module:
     """A new detector; both libraries get the same fields."""
-    fields = COMMON | SETTINGS[variant] | {"id2label": id2label}
     if library == "hf_querydet":
-        return VARIANTS[variant].detector(VARIANTS[variant].config(backbone="resnet18", **fields))
+        return VARIANTS[variant].detector(VARIANTS[variant].config(**fields))
+    fields = dict(fields)
+    del fields["backbone"]
+    stages = fields.pop("backbone_kwargs", {"out_indices": [2, 3, 4]})["out_indices"]
     backbone = transformers.ResNetConfig(
         depths=[2, 2, 2, 2],
         hidden_sizes=[64, 128, 256, 512],
         layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"][-3 if variant == "deformable_detr" else -1 :],
+        out_features=[f"stage{stage}" for stage in stages],
     )
-    label2id = {name: label for label, name in id2label.items()}
+    id2label = fields.pop("id2label")
     config = getattr(transformers, f"{PEERS[variant]}Config")(
         backbone_config=backbone,
         use_timm_backbone=False,
         use_pretrained_backbone=False,
         backbone=None,
         auxiliary_loss=True,
-        label2id=label2id,
+        id2label=id2label,
+        label2id={name: label for label, name in id2label.items()},
         **fields,
     )
     return getattr(transformers, f"{PEERS[variant]}ForObjectDetection")(config)
 
 
-def learning_rate_factor(progress: float) -> float:
+def parameter_groups_of(model: nn.Module, recipe: SmallRecipe) -> list[dict[str, Any]]:
+    """As the recipe's, also for a model of transformers, which has other names."""
+    if isinstance(model, DetectorPreTrainedModel):
+        return parameter_groups(model, recipe)
+    slow = tuple(
+        name.replace("encoder_layers", "encoder.layers") for name in recipe.slow_parameters
+    )
+    return parameter_groups(model, dataclasses.replace(recipe, slow_parameters=slow))
+
+
+def learning_rate_factor(progress: float, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero; `progress` is the share of the budget that is used."""
-    if progress < WARMUP:
-        return progress / WARMUP
-    return 0.5 * (1 + math.cos(math.pi * min((progress - WARMUP) / (1 - WARMUP), 1.0)))
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
 
 
-def train(model: nn.Module, loader: DataLoader, options: argparse.Namespace) -> dict[str, Any]:
+def train(
+    model: nn.Module, loader: DataLoader, recipe: SmallRecipe, options: argparse.Namespace
+) -> dict[str, Any]:
     """Train until the budget is used; returns steps, seconds and the curve of the loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=1e-4)
+    groups = parameter_groups_of(model, recipe)
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     losses, curve, step = [], [], 0
     model.train()
     started = time.perf_counter()
@@ -117,13 +117,14 @@ def train(model: nn.Module, loader: DataLoader, options: argparse.Namespace) -> 
                 }
             if isinstance(model, DetectorPreTrainedModel):
                 model.set_training_progress(progress)
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * learning_rate_factor(progress)
+            factor = learning_rate_factor(progress, recipe.warmup_fraction)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
             loss = model(**batch).loss
             if not torch.isfinite(loss):
                 sys.exit(f"the loss is {loss.item()} at step {step}")
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
@@ -151,12 +152,23 @@ def evaluate(model: nn.Module, processor: Any, loader: DataLoader, id2label: dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variant", choices=list(SETTINGS))
+    parser.add_argument("variant", choices=list(VARIANTS))
     parser.add_argument("--data", required=True, help="directory with train and validation")
     parser.add_argument("--minutes", type=float, default=30, help="of training")
     parser.add_argument("--steps", type=int, help="a budget in steps instead")
     parser.add_argument("--library", default="hf_querydet", choices=["hf_querydet", "transformers"])
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument(
+        "--model-fields",
+        type=json.loads,
+        default={},
+        help="""other fields of the configuration, json: '{"dropout": 0.1}'""",
+    )
+    parser.add_argument(
+        "--recipe-fields",
+        type=json.loads,
+        default={},
+        help="""other settings of training, json: '{"learning_rate": 1e-4}'""",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="keep away from the validation data")
     parser.add_argument("--note", default="", help="kept in the json: what else the machine did")
@@ -164,6 +176,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.library == "transformers" and options.variant not in PEERS:
         parser.error(f"transformers has no {options.variant}, only {', '.join(PEERS)}")
+    variant = VARIANTS[options.variant]
+    recipe = dataclasses.replace(variant.small_recipe, **options.recipe_fields)
+    fields = {**recipe.model_fields, **options.model_fields}
 
     set_seed(options.seed)
     train_data = load_detection_dataset(options.data, split="train")
@@ -175,9 +190,11 @@ def main() -> None:
         eval_data = load_detection_dataset(
             options.data, split="validation", label_table=train_data.label_table
         )
-    processor = VARIANTS[options.variant].image_processor(size=SIZE)
-    model = build_detector(options.variant, options.library, train_data.id2label)
-    loading = {"batch_size": BATCH_SIZE, "collate_fn": DetectionCollator(processor)}
+    size = {"shortest_edge": recipe.shortest_edge, "longest_edge": recipe.longest_edge}
+    processor = variant.image_processor(size=size)
+    id2label = train_data.id2label
+    model = build_detector(options.library, options.variant, fields | {"id2label": id2label})
+    loading = {"batch_size": recipe.batch_size, "collate_fn": DetectionCollator(processor)}
     train_loader = DataLoader(
         train_data.with_processor(processor, DetectionAugmentation(processor)),
         shuffle=True,
@@ -186,17 +203,15 @@ def main() -> None:
     )
     eval_loader = DataLoader(eval_data.with_processor(processor), **loading)
 
-    run = train(model, train_loader, options)
-    metrics = evaluate(model, processor, eval_loader, train_data.id2label)
+    run = train(model, train_loader, recipe, options)
+    metrics = evaluate(model, processor, eval_loader, id2label)
     report = {
         # The directory is a matter of the machine.
         "command": shlex.join(["python", *sys.argv]).replace(options.data, "DIRECTORY"),
         **describe_machine(options.note),
         "variant": options.variant,
         "library": options.library,
-        "settings": COMMON | SETTINGS[options.variant],
-        "learning_rate": options.learning_rate,
-        "batch_size": BATCH_SIZE,
+        "recipe": dataclasses.asdict(recipe) | {"model_fields": fields},
         "seed": options.seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "evaluated_on": "every fifth training picture" if options.tune else "validation",

@@ -30,6 +30,7 @@ from hf_querydet import VARIANTS, load_detector, training, variant_of
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
 from hf_querydet.evaluation import CocoEvaluator, evaluate_detector, format_table
 from hf_querydet.model_card import CardFacts, write_model_card
+from hf_querydet.recipe_utils import Recipe
 from hf_querydet.registration import load_config
 
 LOGGED_TERMS = ("loss", "loss_ce", "loss_bbox", "loss_giou")
@@ -171,13 +172,15 @@ def build_dataloaders(options: argparse.Namespace, train_data: Any, eval_data: A
     return train_loader, eval_loader
 
 
-def build_optimizer(options: argparse.Namespace, model: Any, pretrained: bool) -> Any:
+def build_optimizer(
+    options: argparse.Namespace, model: Any, recipe: Recipe, pretrained: bool
+) -> Any:
     factor = options.backbone_factor
     if factor is None and not pretrained:
         factor = 1.0
     groups = training.parameter_groups(
         model,
-        variant_of(model.config).recipe,
+        recipe,
         learning_rate=options.learning_rate,
         backbone_learning_rate_factor=factor,
     )
@@ -186,6 +189,8 @@ def build_optimizer(options: argparse.Namespace, model: Any, pretrained: bool) -
 
 def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     """Everything up to the first step of a new run."""
+    variant = VARIANTS.get(options.model) or variant_of(load_config(options.model))
+    recipe = training.fill_from_recipe(options, variant)
     set_seed(options.seed)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(options)
@@ -194,9 +199,7 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     train_data = train_data.with_labels(model.config.id2label)
     eval_data = eval_data and eval_data.with_labels(model.config.id2label)
     train_loader, eval_loader = build_dataloaders(options, train_data, eval_data, processor)
-    recipe = variant_of(model.config).recipe
-    training.fill_from_recipe(options, recipe)
-    optimizer = build_optimizer(options, model, pretrained)
+    optimizer = build_optimizer(options, model, recipe, pretrained)
     average = None
     if options.ema_decay:
         average = training.weight_average(model, decay=options.ema_decay, device=accelerator.device)
@@ -208,11 +211,14 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
         num_batches = len(train_loader)
         steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation)
         num_steps = min(options.epochs * steps_per_epoch, num_steps or math.inf)
+    warmup_steps = options.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = round(recipe.warmup_fraction * num_steps)
     scheduler = training.learning_rate_schedule(
         optimizer.optimizer,
         schedule=options.schedule,
         num_steps=num_steps,
-        warmup_steps=options.warmup_steps,
+        warmup_steps=warmup_steps,
         step_fraction=recipe.step_fraction,
     )
     progress = training.TrainingProgress(

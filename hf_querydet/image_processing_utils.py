@@ -405,7 +405,7 @@ class DetectionImageProcessor(TorchvisionBackend):
         else:
             canvas = slots = [factor.new_empty(picture.shape) for picture in pictures]
         for slot, picture in zip(slots, pictures, strict=True):
-            slot.copy_(picture).mul_(factor).add_(offset)
+            torch.addcmul(offset, slot.copy_(picture), factor, out=slot)
 
         data = {"pixel_values": canvas}
         if do_pad:

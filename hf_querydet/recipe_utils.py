@@ -1,9 +1,11 @@
 """The form of a variant's training settings."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Training settings of a paper, the defaults of the training script.
 
@@ -17,6 +19,7 @@ class Recipe:
         schedule: ``"step"`` (one drop to a tenth) or ``"cosine"``.
         num_epochs: Length of the paper's run.
         step_fraction: Share of the run after which the step schedule drops.
+        warmup_fraction: Share of the run over which the learning rate rises from near 0.
     """
 
     learning_rate: float
@@ -28,3 +31,48 @@ class Recipe:
     schedule: str
     num_epochs: int
     step_fraction: float
+    warmup_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallRecipe(Recipe):
+    """A small detector from random weights, for a few hundred pictures and a machine without GPU.
+
+    Not from a paper: found with ``benchmarks/bccd.py``. What variants share are the defaults here.
+
+    Attributes:
+        batch_size: Pictures per optimizer step, of all processes together.
+        shortest_edge: Size of the pictures.
+        longest_edge: Limit of the longer side.
+        model_fields: Of the configuration.
+    """
+
+    learning_rate: float = 4e-4
+    backbone_learning_rate_factor: float = 1.0
+    slow_parameters: tuple[str, ...] = ()
+    slow_learning_rate_factor: float = 1.0
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.1
+    schedule: str = "cosine"
+    num_epochs: int = 100
+    step_fraction: float = 1.0
+    warmup_fraction: float = 0.05
+    batch_size: int = 8
+    shortest_edge: int = 192
+    longest_edge: int = 256
+    model_fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+# The small detector; variants differ in what they have of it.
+SMALL_BACKBONE = {"backbone": "resnet18"}
+SMALL_ENCODER = {"encoder_layers": 3, "encoder_attention_heads": 8, "encoder_ffn_dim": 512}
+SMALL_DECODER = {
+    "d_model": 128,
+    "num_queries": 100,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 8,
+    "decoder_ffn_dim": 512,
+}
+# A detector that reads one map: at the last stage's stride of 32, small pictures have too few
+# cells, so that it reads the stage before.
+SMALL_BACKBONE_STRIDE_16 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [3]}}

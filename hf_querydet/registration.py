@@ -32,6 +32,7 @@ from hf_querydet.models.anchor_detr import (
 )
 from hf_querydet.models.anchor_detr.checkpoint_mapping import AUTHORS as ANCHOR_DETR_AUTHORS
 from hf_querydet.models.anchor_detr.recipe import RECIPE as ANCHOR_DETR_RECIPE
+from hf_querydet.models.anchor_detr.recipe import SMALL_RECIPE as ANCHOR_DETR_SMALL_RECIPE
 from hf_querydet.models.conditional_detr import (
     ConditionalDETRConfig,
     ConditionalDETRForObjectDetection,
@@ -45,6 +46,7 @@ from hf_querydet.models.conditional_detr.checkpoint_mapping import (
     TRANSFORMERS_NAMES as CONDITIONAL_DETR_NAMES,
 )
 from hf_querydet.models.conditional_detr.recipe import RECIPE as CONDITIONAL_DETR_RECIPE
+from hf_querydet.models.conditional_detr.recipe import SMALL_RECIPE as CONDITIONAL_DETR_SMALL_RECIPE
 from hf_querydet.models.deformable_detr import (
     DeformableDETRConfig,
     DeformableDETRForObjectDetection,
@@ -56,6 +58,7 @@ from hf_querydet.models.deformable_detr.checkpoint_mapping import (
     TRANSFORMERS_NAMES as DEFORMABLE_DETR_NAMES,
 )
 from hf_querydet.models.deformable_detr.recipe import RECIPE as DEFORMABLE_DETR_RECIPE
+from hf_querydet.models.deformable_detr.recipe import SMALL_RECIPE as DEFORMABLE_DETR_SMALL_RECIPE
 from hf_querydet.models.detr import (
     DETRConfig,
     DETRForObjectDetection,
@@ -65,6 +68,7 @@ from hf_querydet.models.detr import (
 from hf_querydet.models.detr.checkpoint_mapping import AUTHORS as DETR_AUTHORS
 from hf_querydet.models.detr.checkpoint_mapping import TRANSFORMERS_NAMES as DETR_NAMES
 from hf_querydet.models.detr.recipe import RECIPE as DETR_RECIPE
+from hf_querydet.models.detr.recipe import SMALL_RECIPE as DETR_SMALL_RECIPE
 from hf_querydet.models.dynamic_detr import (
     DynamicDETRConfig,
     DynamicDETRForObjectDetection,
@@ -72,6 +76,7 @@ from hf_querydet.models.dynamic_detr import (
     DynamicDETRModel,
 )
 from hf_querydet.models.dynamic_detr.recipe import RECIPE as DYNAMIC_DETR_RECIPE
+from hf_querydet.models.dynamic_detr.recipe import SMALL_RECIPE as DYNAMIC_DETR_SMALL_RECIPE
 from hf_querydet.models.efficient_detr import (
     EfficientDETRConfig,
     EfficientDETRForObjectDetection,
@@ -79,6 +84,7 @@ from hf_querydet.models.efficient_detr import (
     EfficientDETRModel,
 )
 from hf_querydet.models.efficient_detr.recipe import RECIPE as EFFICIENT_DETR_RECIPE
+from hf_querydet.models.efficient_detr.recipe import SMALL_RECIPE as EFFICIENT_DETR_SMALL_RECIPE
 from hf_querydet.models.sparse_rcnn import (
     SparseRCNNConfig,
     SparseRCNNForObjectDetection,
@@ -87,7 +93,8 @@ from hf_querydet.models.sparse_rcnn import (
 )
 from hf_querydet.models.sparse_rcnn.checkpoint_mapping import AUTHORS as SPARSE_RCNN_AUTHORS
 from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.models.sparse_rcnn.recipe import SMALL_RECIPE as SPARSE_RCNN_SMALL_RECIPE
+from hf_querydet.recipe_utils import Recipe, SmallRecipe
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Variant:
         detector: Model with heads.
         image_processor: Image processor.
         recipe: The paper's training settings.
+        small_recipe: A small detector and how to train it on a few hundred pictures.
         transformers_names: Key table of transformers' files, empty where it has no such model.
         authors: How to read checkpoints of its authors; None where they released none.
         padding_exception: How padding reaches predictions below the backbone, a sentence for the
@@ -111,6 +119,7 @@ class Variant:
     detector: type[DetectorPreTrainedModel]
     image_processor: type[DetectionImageProcessor]
     recipe: Recipe
+    small_recipe: SmallRecipe
     transformers_names: Mapping[str, str]
     authors: AuthorsFormat | None = None
     padding_exception: str = ""
@@ -123,6 +132,7 @@ VARIANTS: dict[str, Variant] = {
         detector=DETRForObjectDetection,
         image_processor=DETRImageProcessor,
         recipe=DETR_RECIPE,
+        small_recipe=DETR_SMALL_RECIPE,
         authors=DETR_AUTHORS,
         transformers_names=DETR_NAMES,
     ),
@@ -132,6 +142,7 @@ VARIANTS: dict[str, Variant] = {
         detector=DeformableDETRForObjectDetection,
         image_processor=DeformableDETRImageProcessor,
         recipe=DEFORMABLE_DETR_RECIPE,
+        small_recipe=DEFORMABLE_DETR_SMALL_RECIPE,
         authors=DEFORMABLE_DETR_AUTHORS,
         transformers_names=DEFORMABLE_DETR_NAMES,
         padding_exception=(
@@ -146,6 +157,7 @@ VARIANTS: dict[str, Variant] = {
         detector=ConditionalDETRForObjectDetection,
         image_processor=ConditionalDETRImageProcessor,
         recipe=CONDITIONAL_DETR_RECIPE,
+        small_recipe=CONDITIONAL_DETR_SMALL_RECIPE,
         authors=CONDITIONAL_DETR_AUTHORS,
         transformers_names=CONDITIONAL_DETR_NAMES,
     ),
@@ -155,6 +167,7 @@ VARIANTS: dict[str, Variant] = {
         detector=EfficientDETRForObjectDetection,
         image_processor=EfficientDETRImageProcessor,
         recipe=EFFICIENT_DETR_RECIPE,
+        small_recipe=EFFICIENT_DETR_SMALL_RECIPE,
         transformers_names={},
         padding_exception=(
             "As in Deformable DETR, the group normalisation of feature levels takes its statistics "
@@ -168,6 +181,7 @@ VARIANTS: dict[str, Variant] = {
         detector=DynamicDETRForObjectDetection,
         image_processor=DynamicDETRImageProcessor,
         recipe=DYNAMIC_DETR_RECIPE,
+        small_recipe=DYNAMIC_DETR_SMALL_RECIPE,
         transformers_names={},
         padding_exception=(
             "Padding is not masked: convolutions see its border, means over a map (group "
@@ -182,6 +196,7 @@ VARIANTS: dict[str, Variant] = {
         detector=SparseRCNNForObjectDetection,
         image_processor=SparseRCNNImageProcessor,
         recipe=SPARSE_RCNN_RECIPE,
+        small_recipe=SPARSE_RCNN_SMALL_RECIPE,
         authors=SPARSE_RCNN_AUTHORS,
         transformers_names={},
         padding_exception=(
@@ -195,6 +210,7 @@ VARIANTS: dict[str, Variant] = {
         detector=AnchorDETRForObjectDetection,
         image_processor=AnchorDETRImageProcessor,
         recipe=ANCHOR_DETR_RECIPE,
+        small_recipe=ANCHOR_DETR_SMALL_RECIPE,
         authors=ANCHOR_DETR_AUTHORS,
         transformers_names={},
         padding_exception=(

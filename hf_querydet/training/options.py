@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_querydet.recipe_utils import Recipe
-from hf_querydet.registration import VARIANTS
+from hf_querydet.registration import VARIANTS, Variant
 
 NO_SPLIT = "none"
 
@@ -21,7 +21,7 @@ def parse_options(description: str, words: Sequence[str] | None = None) -> argpa
         words: Not given: those of the command line.
 
     Returns:
-        One attribute per option. Those that stand for a paper's value are None until
+        One attribute per option. Those that stand for a recipe's value are None until
         :func:`fill_from_recipe`.
     """
     parser = argparse.ArgumentParser(
@@ -31,7 +31,7 @@ def parse_options(description: str, words: Sequence[str] | None = None) -> argpa
     )
     _add_model_options(parser.add_argument_group("model"))
     _add_data_options(parser.add_argument_group("data"))
-    _add_optimization_options(parser.add_argument_group("optimisation (unset: the paper's value)"))
+    _add_optimization_options(parser.add_argument_group("optimisation (unset: as in the recipe)"))
     _add_run_options(parser.add_argument_group("run"))
     _add_hub_options(parser.add_argument_group("hub"))
     options = parser.parse_args(words)
@@ -47,6 +47,12 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add, flag = group.add_argument, argparse.BooleanOptionalAction
     add("--model", required=True, help=f"{', '.join(VARIANTS)}; or a directory or Hub id")
     add(
+        "--recipe",
+        choices=["paper", "small"],
+        default="paper",
+        help="what other options default to; small: a small new detector, a few hundred pictures",
+    )
+    add(
         "--model-option",
         action="append",
         default=[],
@@ -56,10 +62,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--pretrained-backbone",
         action=flag,
-        default=True,
-        help="start a new detector from the published weights of its backbone",
+        help="start a new detector from the published weights of its backbone, as in the papers",
     )
-    add("--shortest-edge", type=int, help="picture size; unset: the model's own")
+    add("--shortest-edge", type=int, help="picture size; unset: the model's or the recipe's")
     add("--longest-edge", type=int, help="its limit for the longer side")
 
 
@@ -85,14 +90,14 @@ def _add_optimization_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--epochs", type=_positive, help="passes over the data")
     add("--max-train-steps", type=_positive, help="ends the run earlier; needed when streaming")
-    add("--batch-size", type=_positive, default=4, help="pictures per process and step")
+    add("--batch-size", type=_positive, help="pictures per process and step; 4 with --recipe paper")
     add("--gradient-accumulation", type=_positive, default=1, help="batches per optimizer step")
     add("--learning-rate", type=float, help="of most parameters")
     add("--backbone-factor", type=float, help="on its learning rate; 1 if it starts random")
     add("--weight-decay", type=float, help="on all parameters")
     add("--max-grad-norm", type=float, help="gradients are clipped to it")
     add("--schedule", choices=["step", "cosine"], help="of the learning rate")
-    add("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    add("--warmup-steps", type=int, help="steps of linear warm-up")
     add("--ema-decay", type=float, help="evaluate and save a moving average of the weights")
     add("--early-stopping", type=_positive, metavar="EPOCHS", help="end after so many without gain")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the forward")
@@ -128,6 +133,11 @@ def _positive(text: str) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise for options that contradict each other."""
+    if options.recipe == "small" and options.model not in VARIANTS:
+        raise ValueError(
+            "--recipe small is for a new detector: --model must be one of "
+            f"{', '.join(VARIANTS)}, got {options.model!r}."
+        )
     if options.streaming and options.max_train_steps is None:
         raise ValueError("--streaming needs --max-train-steps: a stream has no length.")
     if options.early_stopping and options.eval_split == NO_SPLIT:
@@ -154,17 +164,38 @@ def _model_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def fill_from_recipe(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Put the paper's value in place of options that were not given."""
-    for name, value in (
-        ("epochs", recipe.num_epochs),
-        ("learning_rate", recipe.learning_rate),
-        ("weight_decay", recipe.weight_decay),
-        ("max_grad_norm", recipe.max_grad_norm),
-        ("schedule", recipe.schedule),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+def fill_from_recipe(options: argparse.Namespace, variant: Variant) -> Recipe:
+    """Put the recipe's value in place of options that were not given.
+
+    Args:
+        options: Of :func:`parse_options`; changed.
+        variant: Of the model that is trained.
+
+    Returns:
+        The recipe that ``options.recipe`` names, for what no option stands for.
+    """
+    recipe = variant.recipe
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    values = {"batch_size": 4, "pretrained_backbone": True}
+    if options.recipe == "small":
+        recipe = variant.small_recipe
+        values = {
+            "batch_size": recipe.batch_size,
+            "pretrained_backbone": False,
+            "shortest_edge": recipe.shortest_edge,
+        }
+        if options.shortest_edge is None:
+            values["longest_edge"] = recipe.longest_edge
+        given["model_option"] = {**recipe.model_fields, **options.model_option}
+    values |= {
+        "epochs": recipe.num_epochs,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "schedule": recipe.schedule,
+    }
+    vars(options).update(values | given)
+    return recipe
 
 
 def shown_options(options: argparse.Namespace) -> dict[str, int | float | str]:

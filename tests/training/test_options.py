@@ -1,8 +1,10 @@
 """Options that contradict each other, and what others may see of them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_querydet import VARIANTS
 from hf_querydet.training import (
@@ -27,6 +29,7 @@ def parse(*words):
         (["--ema-decay", "1.0"], "--ema-decay must lie between 0 and 1, got 1.0"),
         (["--push-every-epoch"], "--push-every-epoch needs --push-to-hub REPO_ID"),
         (["--hub-token", "hf_secret"], "--hub-token needs --push-to-hub REPO_ID"),
+        (["--recipe", "small", "--model", "me/it"], "--model must be one of detr, "),
         (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--model-option", "d_model"], "--model-option needs NAME=VALUE, got 'd_model'"),
         # An abbreviation would bring the token past those who leave it out.
@@ -53,10 +56,43 @@ def test_model_options_are_json_or_words():
 def test_options_that_were_not_given_are_the_papers():
     options = parse("--learning-rate", "0.5")
     recipe = VARIANTS["detr"].recipe
-    fill_from_recipe(options, recipe)
+    assert fill_from_recipe(options, VARIANTS["detr"]) is recipe
     assert options.learning_rate == 0.5
     assert (options.epochs, options.max_grad_norm) == (recipe.num_epochs, recipe.max_grad_norm)
     assert (options.schedule, options.weight_decay) == (recipe.schedule, recipe.weight_decay)
+    assert (options.batch_size, options.pretrained_backbone) == (4, True)
+    assert (options.shortest_edge, options.longest_edge, options.model_option) == (None, None, {})
+
+
+def test_options_of_the_small_recipe():
+    options = parse("--recipe", "small", "--batch-size", "2", "--model-option", "d_model=64")
+    recipe = VARIANTS["detr"].small_recipe
+    assert fill_from_recipe(options, VARIANTS["detr"]) is recipe
+    assert (options.learning_rate, options.schedule) == (recipe.learning_rate, "cosine")
+    assert (options.batch_size, options.pretrained_backbone) == (2, False)
+    assert (options.shortest_edge, options.longest_edge) == (192, 256)
+    assert options.model_option == {**recipe.model_fields, "d_model": 64}
+
+
+def test_size_of_the_small_recipe_is_given_as_a_whole():
+    options = parse("--recipe", "small", "--shortest-edge", "320")
+    fill_from_recipe(options, VARIANTS["detr"])
+    assert (options.shortest_edge, options.longest_edge) == (320, None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_small_recipes_are_of_their_variants(name):
+    """Every field exists, and every part that is to learn slowly does."""
+    variant = VARIANTS[name]
+    recipe = variant.small_recipe
+    fields = {field.name for field in dataclasses.fields(variant.config)}
+    # These two become the field backbone_config.
+    assert set(recipe.model_fields) <= fields | {"backbone", "backbone_kwargs"}
+    with torch.device("meta"):
+        model = variant.detector(variant.config(num_labels=3, **recipe.model_fields))
+    assert model.config.num_queries == 100
+    for part in recipe.slow_parameters:
+        assert any(part in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("token", [["--hub-token", "hf_secret"], ["--hub-token=hf_secret"]])

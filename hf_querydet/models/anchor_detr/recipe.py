@@ -3,7 +3,13 @@
 For a batch of 8 in all, the authors' 8 GPUs of 1 picture.
 """
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import (
+    SMALL_BACKBONE_STRIDE_16,
+    SMALL_DECODER,
+    SMALL_ENCODER,
+    Recipe,
+    SmallRecipe,
+)
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -15,4 +21,16 @@ RECIPE = Recipe(
     schedule="step",
     num_epochs=50,
     step_fraction=0.8,
+)
+
+# For the encoder, see Conditional DETR.
+SMALL_RECIPE = SmallRecipe(
+    learning_rate=1e-3,
+    slow_parameters=("encoder_layers",),
+    slow_learning_rate_factor=0.05,
+    model_fields=SMALL_BACKBONE_STRIDE_16
+    | SMALL_ENCODER
+    | SMALL_DECODER
+    # num_queries follows from the other two.
+    | {"num_queries": None, "num_query_positions": 50, "num_query_patterns": 2},
 )

@@ -3,7 +3,13 @@
 For a batch of 16 in all, the authors' 8 GPUs of 2 pictures; 8 for their DC5 models.
 """
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import (
+    SMALL_BACKBONE_STRIDE_16,
+    SMALL_DECODER,
+    SMALL_ENCODER,
+    Recipe,
+    SmallRecipe,
+)
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -15,4 +21,17 @@ RECIPE = Recipe(
     schedule="step",
     num_epochs=50,
     step_fraction=0.8,
+)
+
+# In its first steps a detector learns the average box, and the encoder, which attends to the whole
+# picture, comes to give all cells nearly the same content. From there it takes very long to tell
+# them apart again; an encoder that learns slowly never gets there.
+SMALL_RECIPE = SmallRecipe(
+    learning_rate=1e-3,
+    slow_parameters=("encoder_layers",),
+    slow_learning_rate_factor=0.05,
+    model_fields=SMALL_BACKBONE_STRIDE_16
+    | SMALL_ENCODER
+    | SMALL_DECODER
+    | {"dropout": 0.0, "attention_dropout": 0.0},
 )

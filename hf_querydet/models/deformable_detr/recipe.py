@@ -3,7 +3,13 @@
 For a batch of 32 in all, the authors' 16 GPUs of 2 pictures.
 """
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import (
+    SMALL_BACKBONE,
+    SMALL_DECODER,
+    SMALL_ENCODER,
+    Recipe,
+    SmallRecipe,
+)
 
 RECIPE = Recipe(
     learning_rate=2e-4,
@@ -15,4 +21,8 @@ RECIPE = Recipe(
     schedule="step",
     num_epochs=50,
     step_fraction=0.8,
+)
+
+SMALL_RECIPE = SmallRecipe(
+    model_fields=SMALL_BACKBONE | SMALL_ENCODER | SMALL_DECODER | {"with_box_refine": True}
 )

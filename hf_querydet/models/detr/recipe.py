@@ -1,6 +1,12 @@
 """Training settings of DETR (arXiv:2005.12872, Sec. 4, Appendix A.4; the released runs)."""
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import (
+    SMALL_BACKBONE_STRIDE_16,
+    SMALL_DECODER,
+    SMALL_ENCODER,
+    Recipe,
+    SmallRecipe,
+)
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -12,4 +18,15 @@ RECIPE = Recipe(
     schedule="step",
     num_epochs=500,
     step_fraction=0.8,
+)
+
+# For the encoder, see Conditional DETR.
+SMALL_RECIPE = SmallRecipe(
+    learning_rate=1e-3,
+    slow_parameters=("encoder_layers",),
+    slow_learning_rate_factor=0.05,
+    model_fields=SMALL_BACKBONE_STRIDE_16
+    | SMALL_ENCODER
+    | SMALL_DECODER
+    | {"dropout": 0.0, "attention_dropout": 0.0},
 )

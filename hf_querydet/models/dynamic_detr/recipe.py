@@ -4,7 +4,7 @@ The paper states AdamW with a learning rate of 1e-4 and runs of 12, 36 and 50 ep
 chosen here after DETR and the common 12-epoch schedule: one drop after epoch 11.
 """
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import SMALL_BACKBONE, SMALL_DECODER, Recipe, SmallRecipe
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -17,3 +17,5 @@ RECIPE = Recipe(
     num_epochs=12,
     step_fraction=11 / 12,
 )
+
+SMALL_RECIPE = SmallRecipe(model_fields=SMALL_BACKBONE | SMALL_DECODER | {"encoder_layers": 3})

@@ -4,7 +4,13 @@ The paper trains for 36 epochs. There is no code of the authors; the other setti
 Deformable DETR, whose encoder and losses this detector has, with the drop after two thirds.
 """
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import (
+    SMALL_BACKBONE,
+    SMALL_DECODER,
+    SMALL_ENCODER,
+    Recipe,
+    SmallRecipe,
+)
 
 RECIPE = Recipe(
     learning_rate=2e-4,
@@ -16,4 +22,8 @@ RECIPE = Recipe(
     schedule="step",
     num_epochs=36,
     step_fraction=2 / 3,
+)
+
+SMALL_RECIPE = SmallRecipe(
+    model_fields=SMALL_BACKBONE | SMALL_ENCODER | SMALL_DECODER | {"decoder_layers": 1}
 )

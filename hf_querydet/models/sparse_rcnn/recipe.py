@@ -5,7 +5,7 @@ rest. The authors count iterations, 270,000 of which are about 36 epochs of COCO
 learning rate twice, after 210,000 and again after 250,000; the schedule here has the first drop.
 """
 
-from hf_querydet.recipe_utils import Recipe
+from hf_querydet.recipe_utils import SMALL_BACKBONE, SMALL_DECODER, Recipe, SmallRecipe
 
 RECIPE = Recipe(
     learning_rate=2.5e-5,
@@ -18,3 +18,5 @@ RECIPE = Recipe(
     num_epochs=36,
     step_fraction=210 / 270,
 )
+
+SMALL_RECIPE = SmallRecipe(model_fields=SMALL_BACKBONE | SMALL_DECODER | {"dynamic_dim": 32})
