@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 
 
@@ -33,6 +35,13 @@ def describe_machine(note: str = "", device: str = "cpu") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "other_load_at_start": Path("/proc/loadavg").read_text().split()[0],
     }
+
+
+def photographs(number: int, height: int, width: int) -> list[Image.Image]:
+    """Smooth noise, as PIL pictures."""
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (number, 12, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(values).resize((width, height), Image.BICUBIC) for values in noise]
 
 
 def synchronize(device: str) -> None:

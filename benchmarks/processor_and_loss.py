@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from measuring import alternate, describe_machine, median_ratio
-from PIL import Image
+from measuring import alternate, describe_machine, median_ratio, photographs
 from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
@@ -39,12 +38,6 @@ COSTS = {"class_cost": 2, "bbox_cost": 5, "giou_cost": 2}
 # One grey level after normalising; the libraries round at different places.
 PIXEL_TOLERANCE = 0.02
 LOSS_TOLERANCE = 1e-4
-
-
-def photographs() -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    noise = generator.integers(0, 256, (BATCH_SIZE, 12, 16, 3), dtype=np.uint8)
-    return [Image.fromarray(values).resize((WIDTH, HEIGHT), Image.BICUBIC) for values in noise]
 
 
 def annotation_sets() -> list[dict[str, Any]]:
@@ -65,7 +58,7 @@ def annotation_sets() -> list[dict[str, Any]]:
 
 
 def processor_runs() -> dict[str, Callable[[], Any]]:
-    pictures, annotations = photographs(), annotation_sets()
+    pictures, annotations = photographs(BATCH_SIZE, HEIGHT, WIDTH), annotation_sets()
     processors = {
         "hf_querydet": DETRImageProcessor(),
         "transformers": transformers.DetrImageProcessor(),
