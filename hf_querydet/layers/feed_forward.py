@@ -2,8 +2,13 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+# Values between the two layers of a feed-forward block that are computed at a time where no
+# backward needs them all: as many as caches hold, 8 MB in float32.
+INNER_VALUES = 2**21
 
 
 class FeedForward(nn.Module):
@@ -30,7 +35,8 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.expand = nn.Linear(hidden_size, inner_size)
-        self.activation = ACT2FN[activation]
+        # What the first layer returns is not needed again.
+        self.activation = nn.ReLU(inplace=True) if activation == "relu" else ACT2FN[activation]
         self.activation_dropout = nn.Dropout(activation_dropout)
         self.contract = nn.Linear(inner_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
@@ -38,8 +44,34 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every token on its own, (..., hidden_size) to the same shape."""
-        update = self.activation_dropout(self.activation(self.expand(hidden_states)))
-        return self.norm(hidden_states + self.dropout(self.contract(update)))
+        # Flat, because what a linear layer returns for more dimensions is a view, and autograd
+        # copies gradients for a view that is changed in place.
+        tokens = hidden_states.flatten(0, -2)
+        if self._goes_piecewise(tokens):
+            pieces = tokens.split(self._piece_size)
+            output = torch.cat([self._transform(piece) for piece in pieces])
+        else:
+            output = self._transform(tokens)
+        return output.view_as(hidden_states)
+
+    @property
+    def _piece_size(self) -> int:
+        return max(1, INNER_VALUES // self.expand.out_features)
+
+    def _goes_piecewise(self, tokens: Tensor) -> bool:
+        """On a CPU, where large tensors wait for memory. Compilers make pieces of their own."""
+        return (
+            tokens.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and not self.training
+            and len(tokens) > self._piece_size
+        )
+
+    def _transform(self, tokens: Tensor) -> Tensor:
+        """(tokens, hidden_size) to the same shape."""
+        update = self.activation_dropout(self.activation(self.expand(tokens)))
+        return self.norm(tokens + self.dropout(self.contract(update)))
 
 
 class MLP(nn.Module):

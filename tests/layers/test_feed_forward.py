@@ -4,6 +4,7 @@ from tiny import perturb
 from torch import nn
 from torch.nn import functional as F
 
+from hf_querydet.layers import feed_forward
 from hf_querydet.layers.feed_forward import MLP, FeedForward, PredictionTower
 
 
@@ -24,6 +25,29 @@ def test_feed_forward_adds_its_update_and_then_normalises(activation, function):
     expected = centred / (variance + 1e-5).sqrt() * block.norm.weight + block.norm.bias
 
     torch.testing.assert_close(block(tokens), expected)
+
+
+def test_piece_by_piece_it_is_the_same(monkeypatch):
+    block = FeedForward(hidden_size=6, inner_size=11, dropout=0.5, activation_dropout=0.5).eval()
+    tokens = torch.randn(2, 5, 6)
+    expected = block(tokens)
+    sizes = []
+    block.expand.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+
+    monkeypatch.setattr(feed_forward, "INNER_VALUES", 4 * 11 + 3)
+    with torch.no_grad():
+        output = block(tokens)
+
+    assert sizes == [4, 4, 2]
+    torch.testing.assert_close(output, expected.detach())
+
+
+def test_all_at_once_where_a_backward_follows(monkeypatch):
+    block = FeedForward(hidden_size=6, inner_size=11, dropout=0.0, activation_dropout=0.0)
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64)
+    monkeypatch.setattr(feed_forward, "INNER_VALUES", 11)
+
+    assert torch.autograd.gradcheck(block.double().eval(), tokens.requires_grad_())
 
 
 def test_dropout_of_the_update_leaves_the_residual():
