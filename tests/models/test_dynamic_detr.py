@@ -521,8 +521,10 @@ def scenes():
 def test_a_few_pictures_are_learned_by_heart():
     model = build().train()
     pictures, labels = scenes()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(150):
+        # With a decay at the end, or the last boxes depend on how the machine rounds.
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (150 - step) / 75)
         loss = model(pixel_values=pictures, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -536,7 +538,7 @@ def test_a_few_pictures_are_learned_by_heart():
         assert sorted(found["labels"].tolist()) == sorted(label["class_labels"].tolist())
         overlaps = box_iou(found["boxes"], pixel_boxes(label["boxes"], 1, 1))
         best, target = overlaps.max(1)
-        assert best.min() > 0.5
+        assert best.min() > 0.8
         assert torch.equal(label["class_labels"][target], found["labels"])
 
 
