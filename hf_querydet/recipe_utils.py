@@ -1,7 +1,7 @@
 """The form of a variant's training settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -41,12 +41,13 @@ class SmallRecipe(Recipe):
     Not from a paper: found with ``benchmarks/bccd.py``. What variants share are the defaults here.
 
     Attributes:
-        batch_size: Pictures per optimizer step, of all processes together.
+        model_fields: Of the configuration.
+        batch_size: Pictures per process and step. The learning rate was found with one process.
         shortest_edge: Size of the pictures.
         longest_edge: Limit of the longer side.
-        model_fields: Of the configuration.
     """
 
+    model_fields: Mapping[str, Any]
     learning_rate: float = 4e-4
     backbone_learning_rate_factor: float = 1.0
     slow_parameters: tuple[str, ...] = ()
@@ -55,12 +56,11 @@ class SmallRecipe(Recipe):
     max_grad_norm: float = 0.1
     schedule: str = "cosine"
     num_epochs: int = 100
-    step_fraction: float = 1.0
+    step_fraction: float = 0.8
     warmup_fraction: float = 0.05
     batch_size: int = 8
     shortest_edge: int = 192
     longest_edge: int = 256
-    model_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 # The small detector; variants differ in what they have of it.
@@ -76,3 +76,11 @@ SMALL_DECODER = {
 # A detector that reads one map: at the last stage's stride of 32, small pictures have too few
 # cells, so that it reads the stage before.
 SMALL_BACKBONE_STRIDE_16 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [3]}}
+# Where the encoder attends to the whole picture. In its first steps a detector learns the average
+# box, and such an encoder comes to give all cells nearly the same content, from where it takes very
+# long to tell them apart again. Learning slowly keeps it from getting there.
+SMALL_SLOW_ENCODER: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "slow_parameters": ("encoder_layers",),
+    "slow_learning_rate_factor": 0.05,
+}

@@ -47,7 +47,11 @@ def test_all_at_once_where_a_backward_follows(monkeypatch):
     tokens = torch.randn(2, 5, 6, dtype=torch.float64)
     monkeypatch.setattr(feed_forward, "INNER_VALUES", 11)
 
+    sizes = set()
+    block.expand.register_forward_hook(lambda module, inputs, output: sizes.add(len(output)))
+
     assert torch.autograd.gradcheck(block.double().eval(), tokens.requires_grad_())
+    assert sizes == {10}
 
 
 def test_dropout_of_the_update_leaves_the_residual():

@@ -7,6 +7,7 @@ from hf_querydet.recipe_utils import (
     SMALL_BACKBONE_STRIDE_16,
     SMALL_DECODER,
     SMALL_ENCODER,
+    SMALL_SLOW_ENCODER,
     Recipe,
     SmallRecipe,
 )
@@ -23,14 +24,11 @@ RECIPE = Recipe(
     step_fraction=0.8,
 )
 
-# For the encoder, see Conditional DETR.
 SMALL_RECIPE = SmallRecipe(
-    learning_rate=1e-3,
-    slow_parameters=("encoder_layers",),
-    slow_learning_rate_factor=0.05,
     model_fields=SMALL_BACKBONE_STRIDE_16
     | SMALL_ENCODER
     | SMALL_DECODER
     # num_queries follows from the other two.
     | {"num_queries": None, "num_query_positions": 50, "num_query_patterns": 2},
+    **SMALL_SLOW_ENCODER,
 )

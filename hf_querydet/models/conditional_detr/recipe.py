@@ -7,6 +7,7 @@ from hf_querydet.recipe_utils import (
     SMALL_BACKBONE_STRIDE_16,
     SMALL_DECODER,
     SMALL_ENCODER,
+    SMALL_SLOW_ENCODER,
     Recipe,
     SmallRecipe,
 )
@@ -23,15 +24,10 @@ RECIPE = Recipe(
     step_fraction=0.8,
 )
 
-# In its first steps a detector learns the average box, and the encoder, which attends to the whole
-# picture, comes to give all cells nearly the same content. From there it takes very long to tell
-# them apart again; an encoder that learns slowly never gets there.
 SMALL_RECIPE = SmallRecipe(
-    learning_rate=1e-3,
-    slow_parameters=("encoder_layers",),
-    slow_learning_rate_factor=0.05,
     model_fields=SMALL_BACKBONE_STRIDE_16
     | SMALL_ENCODER
     | SMALL_DECODER
     | {"dropout": 0.0, "attention_dropout": 0.0},
+    **SMALL_SLOW_ENCODER,
 )

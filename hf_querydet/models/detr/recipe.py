@@ -4,6 +4,7 @@ from hf_querydet.recipe_utils import (
     SMALL_BACKBONE_STRIDE_16,
     SMALL_DECODER,
     SMALL_ENCODER,
+    SMALL_SLOW_ENCODER,
     Recipe,
     SmallRecipe,
 )
@@ -20,13 +21,10 @@ RECIPE = Recipe(
     step_fraction=0.8,
 )
 
-# For the encoder, see Conditional DETR.
 SMALL_RECIPE = SmallRecipe(
-    learning_rate=1e-3,
-    slow_parameters=("encoder_layers",),
-    slow_learning_rate_factor=0.05,
     model_fields=SMALL_BACKBONE_STRIDE_16
     | SMALL_ENCODER
     | SMALL_DECODER
     | {"dropout": 0.0, "attention_dropout": 0.0},
+    **SMALL_SLOW_ENCODER,
 )
