@@ -11,7 +11,8 @@ variant has an encoder, 3 decoder layers (Efficient DETR 1), 100 queries, pictur
 batches of 8, the papers' augmentation, AdamW. The clock counts training, not evaluation; the
 learning rate follows it, so a faster variant takes more steps.
 
-`--library transformers` trains transformers' own class of the variant in the same way. `--tune`
+`--library transformers` trains transformers' own class of the variant in the same way, on the same
+ResNet of timm, all of which is made trainable for it. `--tune`
 evaluates on every fifth training picture and trains on the others, for choosing settings without
 looking at the validation pictures.
 """
@@ -24,6 +25,8 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.recipe_utils import SmallRecipe
 from hf_querydet.training import parameter_groups
 
+# In the course of a run, for the curve; the last one is the result.
+EVALUATIONS = 10
 # transformers' classes of the same variants; the other four exist in no other library of its kind.
 PEERS = {
     "detr": "Detr",
@@ -54,26 +59,35 @@ def build_detector(library: str, variant: str, fields: dict[str, Any]) -> nn.Mod
     if library == "hf_querydet":
         return VARIANTS[variant].detector(VARIANTS[variant].config(**fields))
     fields = dict(fields)
-    del fields["backbone"]
     stages = fields.pop("backbone_kwargs", {"out_indices": [2, 3, 4]})["out_indices"]
-    backbone = transformers.ResNetConfig(
-        depths=[2, 2, 2, 2],
-        hidden_sizes=[64, 128, 256, 512],
-        layer_type="basic",
-        out_features=[f"stage{stage}" for stage in stages],
+    backbone = transformers.TimmBackboneConfig(
+        backbone=fields.pop("backbone"), out_indices=stages, use_pretrained_backbone=False
     )
     id2label = fields.pop("id2label")
     config = getattr(transformers, f"{PEERS[variant]}Config")(
         backbone_config=backbone,
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
         auxiliary_loss=True,
         id2label=id2label,
         label2id={name: label for label, name in id2label.items()},
         **fields,
     )
-    return getattr(transformers, f"{PEERS[variant]}ForObjectDetection")(config)
+    model = getattr(transformers, f"{PEERS[variant]}ForObjectDetection")(config)
+    train_whole_backbone(model)
+    return model
+
+
+def train_whole_backbone(model: nn.Module) -> None:
+    """Let a model of transformers train its backbone, norms too, as ours does from random weights.
+
+    As it comes, its first stage and all norms stay as they were drawn.
+    """
+    model.model.unfreeze_backbone()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("FrozenBatchNorm2d"):
+                norm = nn.BatchNorm2d(len(child.weight))
+                norm.weight.data.copy_(child.weight)
+                setattr(parent, name, norm)
 
 
 def parameter_groups_of(model: nn.Module, recipe: SmallRecipe) -> list[dict[str, Any]]:
@@ -93,27 +107,64 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
 
 
+class Clock:
+    """Seconds since it was made, by the wall and of the processor, without its pauses."""
+
+    def __init__(self) -> None:
+        self.wall_started, self.processor_started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return (
+            time.perf_counter() - self.wall_started,
+            time.process_time() - self.processor_started,
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        wall, processor = self.read()
+        yield
+        later_wall, later_processor = self.read()
+        self.wall_started += later_wall - wall
+        self.processor_started += later_processor - processor
+
+
 def train(
-    model: nn.Module, loader: DataLoader, recipe: SmallRecipe, options: argparse.Namespace
+    model: nn.Module,
+    loader: DataLoader,
+    recipe: SmallRecipe,
+    options: argparse.Namespace,
+    evaluate_model: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Train until the budget is used; returns steps, seconds and the curve of the loss."""
+    """Train until the budget is used.
+
+    Returns:
+        Steps, seconds, the metrics at the end, the curve of the loss, and of AP.
+    """
     groups = parameter_groups_of(model, recipe)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    losses, curve, step = [], [], 0
+    losses, loss_curve, ap_curve, step = [], [], [], 0
     model.train()
-    started = time.perf_counter()
-    processor_started = time.process_time()
+    clock = Clock()
     while True:
         for batch in loader:
-            seconds = time.perf_counter() - started
+            seconds, processor_seconds = clock.read()
             progress = step / options.steps if options.steps else seconds / (60 * options.minutes)
+            if progress * EVALUATIONS >= len(ap_curve) + 1:
+                with clock.paused():
+                    metrics = evaluate_model()
+                    model.train()
+                point = {name: metrics[name] for name in ("map", "map_50")}
+                ap_curve.append({"step": step, "seconds": seconds} | point)
+                print(f"{step:6d} steps  AP {metrics['map']:.3f}  AP50 {metrics['map_50']:.3f}")
             if progress >= 1:
                 return {
                     "steps": step,
                     "seconds": seconds,
-                    "processor_seconds": time.process_time() - processor_started,
-                    "curve": curve,
+                    "processor_seconds": processor_seconds,
+                    "metrics": metrics,
+                    "ap_curve": ap_curve,
+                    "loss_curve": loss_curve,
                 }
             if isinstance(model, DetectorPreTrainedModel):
                 model.set_training_progress(progress)
@@ -131,10 +182,9 @@ def train(
             step += 1
             if step % 50 == 0:
                 recent = losses[-50:]
-                curve.append({"step": step, "seconds": seconds, "loss": sum(recent) / len(recent)})
-                print(
-                    f"{step:6d} steps  {seconds:6.0f} s  loss {curve[-1]['loss']:.3f}", flush=True
-                )
+                loss = sum(recent) / len(recent)
+                loss_curve.append({"step": step, "seconds": seconds, "loss": loss})
+                print(f"{step:6d} steps  {seconds:6.0f} s  loss {loss:.3f}", flush=True)
 
 
 @torch.no_grad()
@@ -203,8 +253,13 @@ def main() -> None:
     )
     eval_loader = DataLoader(eval_data.with_processor(processor), **loading)
 
-    run = train(model, train_loader, recipe, options)
-    metrics = evaluate(model, processor, eval_loader, id2label)
+    run = train(
+        model,
+        train_loader,
+        recipe,
+        options,
+        lambda: evaluate(model, processor, eval_loader, id2label),
+    )
     report = {
         # The directory is a matter of the machine.
         "command": shlex.join(["python", *sys.argv]).replace(options.data, "DIRECTORY"),
@@ -216,11 +271,9 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "evaluated_on": "every fifth training picture" if options.tune else "validation",
         "pictures": {"train": len(train_data), "evaluation": len(eval_data)},
-        **{name: value for name, value in run.items() if name != "curve"},
-        "metrics": metrics,
-        "curve": run["curve"],
+        **run,
     }
-    print(format_table(metrics))
+    print(format_table(run["metrics"]))
     if options.output:
         partial = options.output.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=2) + "\n")

@@ -5,7 +5,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-import torchvision  # noqa: F401 - registers torch.ops.torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,19 +43,6 @@ class ModelInfo(PartInfo):
     parts: Mapping[str, PartInfo]
 
 
-def _deformable_convolution_flops(
-    features_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: torch.Size
-) -> int:
-    """Of an ordinary convolution, and four corners per tap and channel, for each output cell."""
-    batch_size, channels_out, height, width = out_shape
-    channels_in, taps = weight_shape[1], weight_shape[2] * weight_shape[3]
-    return 2 * batch_size * height * width * channels_in * taps * (channels_out + 4)
-
-
-# For this count only: the operator is torchvision's, and so would be its formula for everybody.
-FORMULAS = {torch.ops.torchvision.deform_conv2d: _deformable_convolution_flops}
-
-
 def model_info(config: DetectorConfig, *, size: tuple[int, int] = DEFAULT_SIZE) -> ModelInfo:
     """Count the parameters and operations of a detector, without weights and without computing.
 
@@ -83,7 +69,7 @@ def model_info(config: DetectorConfig, *, size: tuple[int, int] = DEFAULT_SIZE) 
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # The counter would follow each output's gradient, and some have none.
     model.requires_grad_(False)
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(picture)
     flops = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}

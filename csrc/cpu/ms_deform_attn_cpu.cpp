@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on the CPU. Contract and letters: ../ms_deform_attn.h.
 //
 // Channels of a head lie in vector registers; coordinates are computed for a block of samples at
-// once, one sample to a lane.
+// once, one sample to a lane. Samples outside their level are then passed over.
 //
 // Forward. The tokens of one (batch, head) are first copied into a map with a border of zeros:
 // rows lie side by side, which a strided (B, S, M, D) tensor spreads over few cache sets, and a
@@ -184,7 +184,7 @@ struct Samples {
       A y = location[2 * i + 1] * heights[i] - A(0.5);
       // False for NaN as well. Bitwise, so that there is no branch to break the vector loop.
       const bool is_inside = (x > A(-1)) & (x < widths[i]) & (y > A(-1)) & (y < heights[i]);
-      // Any other sample reads the two rows of zeros below the level.
+      // Any other sample is not read; this keeps its integers in range.
       x = is_inside ? x : A(-1);
       y = is_inside ? y : heights[i];
       const A w = is_inside ? weight[i] : A(0);
@@ -222,9 +222,9 @@ struct Samples {
 // ---- maps with a border of zeros -----------------------------------------------------------------
 
 // Column 0 of every row is zero and serves as the right border of the row above it too; there is
-// one row of zeros on top and two at the bottom.
+// one row of zeros on top and one at the bottom, and a cell for the right border of that.
 int64_t bordered_cells(const Level& level) {
-  return (level.height + 3) * (level.width + 1);
+  return (level.height + 2) * (level.width + 1) + 1;
 }
 
 // Calls run(token of the level, cell of the bordered map) row by row, for `length` tokens each.
@@ -263,7 +263,7 @@ void pack_level(const Level& level, const T* tokens, int64_t token_stride, int64
     std::memset(target, 0, padded_head_size * sizeof(T)); // border of the next row
   });
   T* bottom = map + (level.height + 1) * row_length + padded_head_size;
-  std::memset(bottom, 0, (2 * row_length - padded_head_size) * sizeof(T));
+  std::memset(bottom, 0, row_length * sizeof(T));
 }
 
 // ---- forward ---------------------------------------------------------------------------------
@@ -339,6 +339,9 @@ inline void gather(const Source& source, const LevelTable<Sum<T>>& table,
   constexpr int num_chains = num_vectors == 4 ? 2 : 4;
   Vector<A> chains[num_chains][num_vectors] = {};
   for (int64_t i = 0; i < count; ++i) {
+    if (!samples.inside[i]) {
+      continue;
+    }
     const Corners<T> corners = source.corners(table, samples, first, i);
     for (int corner = 0; corner < 4; ++corner) {
       const Vector<A> weight = broadcast(samples.corner_weight[corner][i]);
@@ -597,6 +600,10 @@ inline void scatter(const Target& target, const LevelTable<Sum<T>>& table,
                     const Vector<Sum<T>>* grad_output, int64_t channel, Four<Sum<T>>* dots) {
   using A = Sum<T>;
   for (int64_t i = first; i < first + count; ++i) {
+    if (!samples.inside[i]) {
+      dots[i] = Four<A>{};
+      continue;
+    }
     Vector<A> products[4] = {};
     const Places<T> places = target.places(table, samples, i);
     for (int corner = 0; corner < 4; ++corner) {

@@ -24,7 +24,8 @@ def flatten_levels(levels: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, in
     Returns:
         Tokens (batch, num_tokens, channels), and (height, width) of every level.
     """
-    tokens = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
+    # Channels side by side, as maps with channels last have them and attention reads them.
+    tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
     return tokens, [(level.shape[-2], level.shape[-1]) for level in levels]
 
 

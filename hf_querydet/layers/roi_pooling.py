@@ -1,10 +1,9 @@
 """Features of boxes: which level of a pyramid a box reads, and RoIAlign on it."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from hf_querydet.layers.feature_levels import SpatialShapes
 from hf_querydet.ops.multilevel_roi_align import multilevel_roi_align
 
 # A box of ImageNet's usual picture size reads the level of stride 16.
@@ -52,7 +51,8 @@ def level_strides(boxes_xyxy: Tensor, *, finest_level: int, num_levels: int) -> 
 
 
 def pool_regions(
-    levels: Sequence[Tensor],
+    tokens: Tensor,
+    spatial_shapes: SpatialShapes,
     boxes_xyxy: Tensor,
     *,
     finest_level: int,
@@ -61,37 +61,34 @@ def pool_regions(
 ) -> Tensor:
     """Pool a square of features for every box, from the one level that fits its size.
 
-    Computed in float32 at least: pixels beyond 256 or 2048 are too coarse in half types, and the
-    operator does not take all of them. Boxes may reach beyond the canvas. No gradient reaches them.
+    Samples are placed in float32 at least: pixels beyond 256 or 2048 are too coarse in half types.
+    Boxes may reach beyond the canvas. No gradient reaches them.
 
     Args:
-        levels: Maps (batch, channels, height, width), fine to coarse, of strides
-            ``2 ** finest_level``, ``2 ** (finest_level + 1)`` and so on.
+        tokens: The pyramid, (batch, num_tokens, channels): maps of strides ``2 ** finest_level``,
+            ``2 ** (finest_level + 1)`` and so on, see
+            :func:`~hf_querydet.layers.feature_levels.flatten_levels`.
+        spatial_shapes: (height, width) of every map.
         boxes_xyxy: (batch, num_boxes, 4), pixels of the canvas.
         finest_level: Level of the first map.
         output_size: Bins per side.
         sampling_ratio: Samples per bin and side.
 
     Returns:
-        (batch, num_boxes, output_size ** 2, channels) of the levels' type, bins row by row. Zeros
+        (batch, num_boxes, output_size ** 2, channels) of the tokens' type, bins row by row. Zeros
         for boxes without a level, see :func:`assign_levels`.
     """
-    dtype = torch.promote_types(levels[0].dtype, torch.float32)
-    boxes = boxes_xyxy.detach().to(dtype)
-    batch_size, num_boxes, _ = boxes.shape
-    pictures = torch.arange(batch_size, device=boxes.device, dtype=dtype)
-    pictures = pictures[:, None, None].expand(-1, num_boxes, 1)
-    level_indices = assign_levels(
-        boxes, finest_level=finest_level, coarsest_level=finest_level + len(levels) - 1
+    boxes_xyxy = boxes_xyxy.detach().to(torch.promote_types(tokens.dtype, torch.float32))
+    num_levels = len(spatial_shapes)
+    levels = assign_levels(
+        boxes_xyxy, finest_level=finest_level, coarsest_level=finest_level + num_levels - 1
     )
-    pooled = multilevel_roi_align(
-        [features.to(dtype) for features in levels],
-        torch.cat([pictures, boxes], dim=-1).flatten(0, 1),
-        (level_indices - finest_level).flatten(),
-        strides=[2.0 ** (finest_level + index) for index in range(len(levels))],
+    return multilevel_roi_align(
+        tokens,
+        spatial_shapes,
+        boxes_xyxy,
+        levels - finest_level,
+        strides=[2.0 ** (finest_level + index) for index in range(num_levels)],
         output_size=output_size,
         sampling_ratio=sampling_ratio,
     )
-    # (batch * num_boxes, channels, bins, bins) to (batch, num_boxes, bins ** 2, channels)
-    regions = pooled.flatten(2).transpose(1, 2).to(levels[0].dtype)
-    return regions.unflatten(0, (batch_size, num_boxes))

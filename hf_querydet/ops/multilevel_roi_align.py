@@ -1,24 +1,30 @@
 """RoIAlign of boxes that each read one of several feature levels.
 
-N boxes, L levels, C channels, S the side of a pooled map.
+B batch, S tokens of all levels, C channels, N boxes, L levels.
 
-torchvision's operator pools from one map. Which boxes read which level depends on data, and so do
-the sizes of the calls; as an operator of its own the selection is a single node of compiled and
-exported graphs, and no box is pooled on levels that it does not read.
+A bin is the mean of a few samples, so that it is deformable attention with fixed points and equal
+weights, and the kernels of :mod:`hf_querydet.ops.deformable_attention_op` do the work. Samples on
+levels that a box does not read are placed outside, where they cost nothing. As an operator of its
+own it is a single node of compiled and exported graphs, keeps boxes and no samples for the
+backward, and its operations can be counted.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401 - registers torch.ops.torchvision
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+import hf_querydet.ops.deformable_attention_op  # noqa: F401 - registers the operators called here
+
+OUTSIDE = -1.0
+
 
 def multilevel_roi_align(
-    levels: Sequence[Tensor],
-    rois: Tensor,
+    tokens: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    boxes_xyxy: Tensor,
     level_indices: Tensor,
     *,
     strides: Sequence[float],
@@ -27,113 +33,143 @@ def multilevel_roi_align(
 ) -> Tensor:
     """Pool every box from its level, with aligned corners of half a pixel.
 
-    RoIAlign: Mask R-CNN (arXiv:1703.06870), Sec. 3; shifted by half a pixel as in torchvision's
-    ``aligned=True``. Cells outside the map are read as 0 beyond one cell from its border. Boxes get
-    no gradient.
+    RoIAlign: Mask R-CNN (arXiv:1703.06870), Sec. 3; shifted by half a pixel as torchvision's with
+    ``aligned=True``. Border cells continue for one cell beyond the map, from where on it is 0.
+    Samples are placed in float32 at least. Boxes get no gradient.
 
     Args:
-        levels: L maps (batch, C, height, width), float32 or float64.
-        rois: (N, 5): index of the picture, then the box as xyxy in pixels of the canvas, of the
-            type of the levels.
-        level_indices: (N,), int64, position in ``levels``. A box with an index outside of 0 .. L -
-            1 pools zeros.
+        tokens: (B, S, C), the levels one after the other, each row-major.
+        spatial_shapes: (height, width) of every level, in cells.
+        boxes_xyxy: (B, N, 4), pixels of the canvas.
+        level_indices: (B, N), int64, position in ``spatial_shapes``. A box with an index outside of
+            0 .. L - 1 pools zeros.
         strides: Pixels per cell of each level.
-        output_size: S, bins per side.
+        output_size: Bins per side.
         sampling_ratio: Samples per bin and side, averaged.
 
     Returns:
-        (N, C, S, S).
+        (B, N, output_size ** 2, C), bins row by row, in the type of ``tokens``.
 
     Raises:
         ValueError: If there are not as many strides as levels.
     """
-    if len(strides) != len(levels):
-        raise ValueError(f"strides must be one per level, got {len(strides)} for {len(levels)}.")
-    scales = [1 / stride for stride in strides]
-    return _forward(list(levels), rois, level_indices, scales, output_size, sampling_ratio)
+    if len(strides) != len(spatial_shapes):
+        raise ValueError(
+            f"strides must be one per level, got {len(strides)} for {len(spatial_shapes)}."
+        )
+    return _forward(
+        tokens,
+        [side for level in spatial_shapes for side in level],
+        boxes_xyxy.detach().to(torch.promote_types(tokens.dtype, torch.float32)),
+        level_indices,
+        [float(stride) for stride in strides],
+        output_size,
+        sampling_ratio,
+    )
+
+
+def _samples(
+    sizes: Sequence[int],
+    boxes: Tensor,
+    level_indices: Tensor,
+    strides: Sequence[float],
+    output_size: int,
+    sampling_ratio: int,
+) -> tuple[Tensor, Tensor]:
+    """Locations (B, N * bins, 1, L, samples per bin, 2) and weights, one dimension less."""
+    num_levels, side = len(strides), output_size * sampling_ratio
+    steps = (torch.arange(side, dtype=boxes.dtype, device=boxes.device) + 0.5) / side
+    is_read = level_indices[..., None] == torch.arange(num_levels, device=boxes.device)
+
+    def place(low: Tensor, high: Tensor, level_sizes: Sequence[int]) -> Tensor:
+        """Where samples lie along one axis, (B, N, bins per side, L, samples per bin and side)."""
+        position = low[..., None] + (high - low)[..., None] * steps
+        length = boxes.new_tensor(level_sizes)[:, None]
+        cell = position[:, :, None] / boxes.new_tensor(strides)[:, None] - 0.5
+        is_inside = (cell >= -1) & (cell <= length) & is_read[..., None]
+        location = (cell.clamp(min=0).minimum(length - 1) + 0.5) / length
+        location = torch.where(is_inside, location, OUTSIDE)
+        return location.unflatten(3, (output_size, sampling_ratio)).transpose(2, 3)
+
+    left, top, right, bottom = boxes.unbind(-1)
+    x = place(left, right, sizes[1::2])[:, :, None, :, :, None, :]
+    y = place(top, bottom, sizes[::2])[:, :, :, None, :, :, None]
+    # (B, N, bin row, bin column, L, sample row, sample column, 2)
+    locations = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
+    locations = locations.flatten(5, 6).flatten(1, 3)[:, :, None]
+    weights = boxes.new_full((1, 1, 1, num_levels, sampling_ratio**2), 1 / sampling_ratio**2)
+    return locations, weights.expand(locations.shape[:-1])
 
 
 @torch.library.custom_op("hf_querydet::multilevel_roi_align", mutates_args=())
 def _forward(
-    levels: Sequence[Tensor],
-    rois: Tensor,
+    tokens: Tensor,
+    sizes: Sequence[int],
+    boxes: Tensor,
     level_indices: Tensor,
-    scales: Sequence[float],
+    strides: Sequence[float],
     output_size: int,
     sampling_ratio: int,
 ) -> Tensor:
-    pooled = rois.new_zeros(len(rois), levels[0].shape[1], output_size, output_size)
-    for index, (features, scale) in enumerate(zip(levels, scales, strict=True)):
-        chosen = (level_indices == index).nonzero().squeeze(1)
-        pooled[chosen] = torch.ops.torchvision.roi_align(
-            features, rois[chosen], scale, output_size, output_size, sampling_ratio, True
-        )
-    return pooled
+    samples = _samples(sizes, boxes, level_indices, strides, output_size, sampling_ratio)
+    pooled = torch.ops.hf_querydet.ms_deform_attn(tokens[:, :, None], sizes, *samples)
+    return pooled.unflatten(1, (boxes.shape[1], output_size**2))
 
 
 @_forward.register_fake
 def _(
-    levels: Sequence[Tensor],
-    rois: Tensor,
+    tokens: Tensor,
+    sizes: Sequence[int],
+    boxes: Tensor,
     level_indices: Tensor,
-    scales: Sequence[float],
+    strides: Sequence[float],
     output_size: int,
     sampling_ratio: int,
 ) -> Tensor:
-    return rois.new_empty(rois.shape[0], levels[0].shape[1], output_size, output_size)
+    return tokens.new_empty(*boxes.shape[:2], output_size**2, tokens.shape[2])
 
 
 @torch.library.custom_op("hf_querydet::multilevel_roi_align_backward", mutates_args=())
 def _backward(
     gradient: Tensor,
-    rois: Tensor,
-    level_indices: Tensor,
+    tokens: Tensor,
     sizes: Sequence[int],
-    scales: Sequence[float],
+    boxes: Tensor,
+    level_indices: Tensor,
+    strides: Sequence[float],
+    output_size: int,
     sampling_ratio: int,
-) -> list[Tensor]:
-    gradients = []
-    for index, scale in enumerate(scales):
-        chosen = (level_indices == index).nonzero().squeeze(1)
-        gradients.append(
-            torch.ops.torchvision._roi_align_backward(
-                gradient[chosen],
-                rois[chosen],
-                scale,
-                *gradient.shape[-2:],
-                *sizes[4 * index : 4 * index + 4],
-                sampling_ratio,
-                True,
-            )
-        )
-    return gradients
+) -> Tensor:
+    samples = _samples(sizes, boxes, level_indices, strides, output_size, sampling_ratio)
+    gradients = torch.ops.hf_querydet.ms_deform_attn_backward(
+        gradient.flatten(1, 2), tokens[:, :, None], sizes, *samples
+    )
+    return gradients[0].squeeze(2)
 
 
 @_backward.register_fake
 def _(
     gradient: Tensor,
-    rois: Tensor,
-    level_indices: Tensor,
+    tokens: Tensor,
     sizes: Sequence[int],
-    scales: Sequence[float],
+    boxes: Tensor,
+    level_indices: Tensor,
+    strides: Sequence[float],
+    output_size: int,
     sampling_ratio: int,
-) -> list[Tensor]:
-    return [gradient.new_empty(sizes[4 * i : 4 * i + 4]) for i in range(len(scales))]
+) -> Tensor:
+    return tokens.new_empty(tokens.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    levels, rois, level_indices, ctx.scales, _, ctx.sampling_ratio = inputs
-    # Their sizes and not the maps themselves, which nothing else keeps in memory.
-    ctx.sizes = [side for features in levels for side in features.shape]
-    ctx.save_for_backward(rois, level_indices)
+    tokens, ctx.sizes, boxes, level_indices, *ctx.options = inputs
+    ctx.save_for_backward(tokens, boxes, level_indices)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple:
-    rois, level_indices = ctx.saved_tensors
-    gradients = _backward(
-        gradient.contiguous(), rois, level_indices, ctx.sizes, ctx.scales, ctx.sampling_ratio
-    )
-    return gradients, None, None, None, None, None
+    tokens, boxes, level_indices = ctx.saved_tensors
+    grad_tokens = _backward(gradient, tokens, ctx.sizes, boxes, level_indices, *ctx.options)
+    return grad_tokens, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -141,15 +177,16 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.hf_querydet.multilevel_roi_align)
 def _flops(
-    level_shapes: Sequence[torch.Size],
-    rois_shape: torch.Size,
+    tokens_shape: torch.Size,
+    sizes: Sequence[int],
+    boxes_shape: torch.Size,
     indices_shape: torch.Size,
-    scales: Sequence[float],
+    strides: Sequence[float],
     output_size: int,
     sampling_ratio: int,
     *args: object,
     **kwargs: object,
 ) -> int:
     """Four corners per sample and channel, a multiplication and an addition each."""
-    num_samples = rois_shape[0] * (output_size * sampling_ratio) ** 2
-    return 8 * num_samples * level_shapes[0][1]
+    num_samples = boxes_shape[0] * boxes_shape[1] * (output_size * sampling_ratio) ** 2
+    return 8 * num_samples * tokens_shape[2]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 
+from hf_querydet.layers.feature_levels import flatten_levels
 from hf_querydet.layers.roi_pooling import assign_levels, pool_regions
 
 
@@ -57,7 +58,9 @@ LEVELS = [[2, 3, None], [3, 2, 2]]
 
 def test_regions_are_torchvisions_on_the_assigned_level_bins_row_by_row():
     levels = pyramid()
-    regions = pool_regions(levels, BOXES, finest_level=2, output_size=3, sampling_ratio=2)
+    regions = pool_regions(
+        *flatten_levels(levels), BOXES, finest_level=2, output_size=3, sampling_ratio=2
+    )
     assert regions.shape == (2, 3, 9, 3)
     for picture in range(2):
         for box, level in enumerate(LEVELS[picture]):
@@ -80,18 +83,18 @@ def test_regions_are_torchvisions_on_the_assigned_level_bins_row_by_row():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_maps_are_pooled_as_float32(dtype):
-    levels = pyramid(dtype)
+    tokens, spatial_shapes = flatten_levels(pyramid(dtype))
     # Less than half types resolve beyond 128 pixels.
     boxes = BOXES + torch.tensor([0.03, 0.03, 0.03, 0.03])
-    regions = pool_regions(levels, boxes, finest_level=2)
+    regions = pool_regions(tokens, spatial_shapes, boxes, finest_level=2)
     assert regions.dtype == dtype
-    expected = pool_regions([features.float() for features in levels], boxes, finest_level=2)
+    expected = pool_regions(tokens.float(), spatial_shapes, boxes, finest_level=2)
     torch.testing.assert_close(regions, expected.to(dtype), rtol=0, atol=0)
 
 
 def test_maps_get_a_gradient_and_boxes_do_not():
     levels = [features.requires_grad_() for features in pyramid()]
     boxes = BOXES.clone().requires_grad_()
-    pool_regions(levels, boxes, finest_level=2).square().sum().backward()
+    pool_regions(*flatten_levels(levels), boxes, finest_level=2).square().sum().backward()
     assert boxes.grad is None
     assert [bool(features.grad.any()) for features in levels] == [True, True, False]

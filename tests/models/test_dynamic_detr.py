@@ -20,6 +20,7 @@ from hf_querydet import (
     DynamicDETRForObjectDetection,
     DynamicDETRImageProcessor,
 )
+from hf_querydet.layers.feature_levels import flatten_levels
 
 PRIOR_BIAS = -math.log(99)
 
@@ -142,7 +143,7 @@ def test_decoder_layer_equals_its_loops(dynamic_mode):
     boxes = boxes.expand(2, -1, -1)
 
     with torch.no_grad():
-        output, _ = layer(queries, boxes, *levels)
+        output, _ = layer(queries, boxes, *flatten_levels(levels))
 
     attention, dynamic = layer.self_attention, layer.dynamic_convolution
     reference = torch.nn.MultiheadAttention(64, 2, batch_first=True).double()
@@ -312,8 +313,9 @@ def test_decoder_reads_five_levels(feature_levels, stages, cells, encoder_layers
     )
     calls = calls_of(model.model.decoder_layers[:1], lambda: forward(model, **tiny_batch()))
 
-    _, _, *levels = calls[0][0]
-    assert [tuple(level.shape[-2:]) for level in levels] == cells
+    _, _, tokens, spatial_shapes = calls[0][0]
+    assert spatial_shapes == cells
+    assert tokens.shape[1] == sum(height * width for height, width in cells)
     stride = model.model.decoder_layers[0].finest_level
     assert 2**stride == 96 // cells[0][0]
 

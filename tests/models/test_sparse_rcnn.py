@@ -16,6 +16,7 @@ from hf_querydet import (
     SparseRCNNForObjectDetection,
 )
 from hf_querydet.checkpoint_mapping_utils import renamed
+from hf_querydet.layers.feature_levels import flatten_levels
 from hf_querydet.models.sparse_rcnn import modeling_sparse_rcnn
 from hf_querydet.models.sparse_rcnn.checkpoint_mapping import AUTHORS_NAMES
 from hf_querydet.models.sparse_rcnn.modeling_sparse_rcnn import DynamicInstanceInteractiveHead
@@ -56,7 +57,7 @@ def test_stages_agree_with_the_authors_modules():
             {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
         )
         with torch.no_grad():
-            features, boxes, _ = stage(features, boxes, *levels)
+            features, boxes, _ = stage(features, boxes, *flatten_levels(levels))
             logits = stage.classify(features)
         all_boxes.append(boxes)
 
@@ -84,9 +85,9 @@ def test_each_stage_pools_from_the_boxes_of_the_one_before(monkeypatch):
     model = perturb(build(decoder_layers=3))
     pooled_from = []
 
-    def pool(levels, boxes, **options):
+    def pool(tokens, spatial_shapes, boxes, **options):
         pooled_from.append(boxes)
-        return pool_regions(levels, boxes, **options)
+        return pool_regions(tokens, spatial_shapes, boxes, **options)
 
     pool_regions = modeling_sparse_rcnn.pool_regions
     monkeypatch.setattr(modeling_sparse_rcnn, "pool_regions", pool)
@@ -102,7 +103,7 @@ def test_each_stage_pools_from_the_boxes_of_the_one_before(monkeypatch):
 def test_first_boxes_are_whole_pictures_without_their_padding(monkeypatch):
     first = []
 
-    def pool(levels, boxes, **options):
+    def pool(tokens, spatial_shapes, boxes, **options):
         first.append(boxes)
         return torch.zeros(2, 5, 9, 32)
 

@@ -5,31 +5,32 @@ import torch
 
 from hf_querydet.ops.multilevel_roi_align import multilevel_roi_align
 
-SIZES = [(2, 3, 7, 9), (2, 3, 4, 5)]
+SPATIAL_SHAPES = [(7, 9), (4, 5)]
+NUM_TOKENS, CHANNELS = 7 * 9 + 4 * 5, 3
 STRIDES = [4.0, 8.0]
-# Picture, then corners in pixels: inside, beyond the border, far outside, of no size, of one cell.
-ROIS = [
-    [0, 3.0, 5.0, 30.0, 21.0],
-    [1, -9.0, -3.5, 17.0, 40.0],
-    [1, 60.0, 1.0, 90.0, 11.0],
-    [0, 12.0, 9.0, 12.0, 9.0],
-    [0, 8.0, 8.0, 12.0, 12.0],
+# Corners in pixels.
+BOXES = [
+    # Inside, of no size, of one cell
+    [[3.0, 5.0, 30.0, 21.0], [12.0, 9.0, 12.0, 9.0], [8.0, 8.0, 12.0, 12.0]],
+    # Beyond the border, far outside, the whole of the finer map
+    [[-9.0, -3.5, 17.0, 40.0], [60.0, 1.0, 90.0, 11.0], [0.0, 0.0, 36.0, 28.0]],
 ]
-LEVELS = [1, 0, 1, 0, 0]
+LEVELS = [[1, 0, 0], [0, 1, 0]]
 
 
-def maps(requires_grad=False):
-    return [torch.randn(size, dtype=torch.float64, requires_grad=requires_grad) for size in SIZES]
+def pyramid(dtype=torch.float64, requires_grad=False):
+    return torch.randn(2, NUM_TOKENS, CHANNELS, dtype=dtype, requires_grad=requires_grad)
 
 
-def pool(levels, level_indices=LEVELS, output_size=3):
+def pool(tokens, level_indices=LEVELS, output_size=3, sampling_ratio=2, strides=STRIDES):
     return multilevel_roi_align(
-        levels,
-        torch.tensor(ROIS, dtype=torch.float64),
-        torch.tensor(level_indices),
-        strides=STRIDES,
+        tokens,
+        SPATIAL_SHAPES,
+        torch.tensor(BOXES, dtype=tokens.dtype, device=tokens.device),
+        torch.tensor(level_indices, device=tokens.device),
+        strides=strides,
         output_size=output_size,
-        sampling_ratio=2,
+        sampling_ratio=sampling_ratio,
     )
 
 
@@ -48,70 +49,73 @@ def bilinear(channel, y, x):
     return value
 
 
-def loop_oracle(levels, output_size):
-    pooled = torch.zeros(len(ROIS), SIZES[0][1], output_size, output_size, dtype=torch.float64)
-    for box, (picture, *corners) in enumerate(ROIS):
-        level = LEVELS[box]
+def loop_oracle(tokens, output_size, sampling_ratio):
+    maps, start = [], 0
+    for height, width in SPATIAL_SHAPES:
+        level = tokens[:, start : start + height * width]
+        maps.append(level.transpose(1, 2).unflatten(2, (height, width)))
+        start += height * width
+    pooled = torch.zeros(2, 3, output_size**2, CHANNELS, dtype=tokens.dtype)
+    for picture, box, channel in torch.cartesian_prod(*map(torch.arange, (2, 3, CHANNELS))):
+        level = LEVELS[picture][box]
+        corners = BOXES[picture][box]
         left, top, right, bottom = (corner / STRIDES[level] - 0.5 for corner in corners)
         bin_width, bin_height = (right - left) / output_size, (bottom - top) / output_size
-        for channel in range(SIZES[0][1]):
-            features = levels[level][picture, channel]
-            for row in range(output_size):
-                for column in range(output_size):
-                    pooled[box, channel, row, column] = sum(
-                        bilinear(
-                            features,
-                            top + (row + (i + 0.5) / 2) * bin_height,
-                            left + (column + (j + 0.5) / 2) * bin_width,
-                        )
-                        / 4
-                        for i in range(2)
-                        for j in range(2)
+        for row in range(output_size):
+            for column in range(output_size):
+                pooled[picture, box, row * output_size + column, channel] = sum(
+                    bilinear(
+                        maps[level][picture, channel],
+                        top + (row + (i + 0.5) / sampling_ratio) * bin_height,
+                        left + (column + (j + 0.5) / sampling_ratio) * bin_width,
                     )
+                    / sampling_ratio**2
+                    for i in range(sampling_ratio)
+                    for j in range(sampling_ratio)
+                )
     return pooled
 
 
-@pytest.mark.parametrize("output_size", [1, 3])
-def test_each_box_is_the_mean_of_its_samples_on_its_level(output_size):
-    levels = maps()
-    expected = loop_oracle(levels, output_size)
-    torch.testing.assert_close(pool(levels, output_size=output_size), expected)
+@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(1, 2), (3, 2), (2, 3)])
+def test_each_bin_is_the_mean_of_its_samples_on_the_level_of_its_box(output_size, sampling_ratio):
+    tokens = pyramid()
+    pooled = pool(tokens, output_size=output_size, sampling_ratio=sampling_ratio)
+    torch.testing.assert_close(pooled, loop_oracle(tokens, output_size, sampling_ratio))
 
 
 def test_box_without_a_level_pools_zeros():
-    pooled = pool(maps(), level_indices=[-1, 0, 2, 0, 0])
-    assert (pooled[[0, 2]] == 0).all()
-    assert pooled[1].any()
-    assert pooled[4].all()
+    pooled = pool(pyramid(), level_indices=[[-1, 0, 0], [2, 1, 0]])
+    assert not pooled[0, 0].any()
+    assert not pooled[1, 0].any()
+    assert pooled[0, 1:].all()
+    assert pooled[1, 2].all()
 
 
 def test_gradients_are_those_of_finite_differences():
-    assert torch.autograd.gradcheck(lambda *levels: pool(levels), maps(requires_grad=True))
+    assert torch.autograd.gradcheck(pool, (pyramid(requires_grad=True),))
 
 
-# The check of torch reads gradients of the copies that it makes of a list's tensors.
+# The check of torch reads gradients of the copies that it makes of the arguments.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operator_keeps_the_contract_of_registered_operators():
-    rois = torch.tensor(ROIS, dtype=torch.float64)
-    scales = [1 / stride for stride in STRIDES]
-    arguments = (maps(requires_grad=True), rois, torch.tensor(LEVELS), scales, 3, 2)
+    arguments = (
+        pyramid(requires_grad=True),
+        [side for level in SPATIAL_SHAPES for side in level],
+        torch.tensor(BOXES, dtype=torch.float64),
+        torch.tensor(LEVELS),
+        STRIDES,
+        3,
+        2,
+    )
     torch.library.opcheck(torch.ops.hf_querydet.multilevel_roi_align.default, arguments)
 
 
 @pytest.mark.cuda
 def test_gpu_equals_cpu():
-    levels = [features.float() for features in maps()]
-    rois, indices = torch.tensor(ROIS), torch.tensor(LEVELS)
-    options = {"strides": STRIDES, "output_size": 3, "sampling_ratio": 2}
-    expected = multilevel_roi_align(levels, rois, indices, **options)
-    on_gpu = multilevel_roi_align(
-        [features.cuda() for features in levels], rois.cuda(), indices.cuda(), **options
-    )
-    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=1e-5, atol=1e-5)
+    tokens = pyramid(torch.float32)
+    torch.testing.assert_close(pool(tokens.cuda()).cpu(), pool(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_other_number_of_strides_is_an_error():
     with pytest.raises(ValueError, match="strides must be one per level, got 1 for 2"):
-        multilevel_roi_align(
-            maps(), torch.zeros(1, 5), torch.zeros(1), strides=[4], output_size=3, sampling_ratio=2
-        )
+        pool(pyramid(), strides=[4.0])

@@ -13,8 +13,9 @@ mean over the neighbours, group normalisation, no residual sum, and all widths.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_querydet.ops import ms_deform_attn
 
 KERNEL_SIZE = 3
 NUM_TAPS = KERNEL_SIZE * KERNEL_SIZE
@@ -30,8 +31,12 @@ def deformable_convolution(
 ) -> Tensor:
     """3x3 convolution whose taps are moved, padded by one cell (arXiv:1703.06211).
 
-    Computed in float32 at least, under autocast too, where torchvision's operator sees to it:
-    it has no half type on every device, and positions need more digits than half types have.
+    Every tap of every output cell is one sample of deformable attention, with the factor as its
+    weight; the rest is a matrix product over taps and channels. torchvision's operator computes the
+    same on one core; ``benchmarks/torchvision_operators.py`` compares the two.
+
+    Positions and factors are float32 at least, under autocast too: half types cannot tell the
+    positions on a large map apart.
 
     Args:
         features: (batch, channels_in, height, width).
@@ -43,18 +48,39 @@ def deformable_convolution(
         stride: Of the kernel.
 
     Returns:
-        (batch, channels_out, height_out, width_out), in the data type of ``features``.
+        (batch, channels_out, height_out, width_out).
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
-    output = deform_conv2d(
-        features.to(dtype),
-        offsets.to(dtype),
-        weight.to(dtype),
-        stride=stride,
-        padding=KERNEL_SIZE // 2,
-        mask=None if mask is None else mask.to(dtype),
+    map_size = (features.shape[-2], features.shape[-1])
+    locations = _tap_locations(offsets.to(dtype), map_size, stride)
+    factors = torch.ones_like(locations[..., 0])
+    if mask is not None:
+        factors = mask.to(dtype).permute(0, 2, 3, 1).flatten(1)
+    # One head, one level, one point: (batch, cells * taps, 1, 1, 1, ...)
+    tokens = features.flatten(2).transpose(1, 2)[:, :, None]
+    samples = ms_deform_attn(
+        tokens, [map_size], locations[:, :, None, None, None], factors[:, :, None, None, None]
     )
-    return output.to(features.dtype)
+    samples = samples.unflatten(1, (-1, NUM_TAPS)).flatten(2)
+    # Taps first and channels last, as in the samples
+    output = F.linear(samples, weight.permute(0, 2, 3, 1).flatten(1))
+    return output.transpose(1, 2).unflatten(2, offsets.shape[-2:])
+
+
+def _tap_locations(offsets: Tensor, map_size: tuple[int, int], stride: int) -> Tensor:
+    """Where taps read, (batch, cells * taps, 2): (x, y), 0 to 1 spans the map."""
+    height, width = map_size
+    height_out, width_out = offsets.shape[-2:]
+    rows, columns = (
+        stride * torch.arange(size, dtype=offsets.dtype, device=offsets.device)
+        for size in (height_out, width_out)
+    )
+    taps = torch.arange(KERNEL_SIZE, dtype=offsets.dtype, device=offsets.device) - KERNEL_SIZE // 2
+    # (batch, height_out, width_out, 3, 3)
+    dy, dx = offsets.permute(0, 2, 3, 1).unflatten(3, (KERNEL_SIZE, KERNEL_SIZE, 2)).unbind(-1)
+    y = (rows[:, None, None, None] + taps[:, None] + dy + 0.5) / height
+    x = (columns[:, None, None] + taps + dx + 0.5) / width
+    return torch.stack([x, y], dim=-1).flatten(1, 4)
 
 
 class OffsetPrediction(nn.Module):

@@ -24,7 +24,7 @@ from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.canvas import pad_canvas, picture_sizes
 from hf_querydet.layers.dynamic_convolution import DynamicConvolution
-from hf_querydet.layers.feature_levels import flatten_levels
+from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
@@ -119,15 +119,19 @@ class DynamicDETRDecoderLayer(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, object_queries: Tensor, boxes_xyxy: Tensor, *levels: Tensor
+        self,
+        object_queries: Tensor,
+        boxes_xyxy: Tensor,
+        encoder_tokens: Tensor,
+        spatial_shapes: SpatialShapes,
     ) -> tuple[Tensor, Tensor | None]:
         """Update the queries.
 
         Args:
             object_queries: (batch, num_queries, d_model).
             boxes_xyxy: Where each query looks, (batch, num_queries, 4), pixels of the canvas.
-            levels: Maps of the encoder (batch, d_model, height, width), fine to coarse. Separate
-                arguments, because checkpointing finds no gradients inside a list.
+            encoder_tokens: Maps of the encoder, fine to coarse, (batch, num_tokens, d_model).
+            spatial_shapes: (height, width) of every map.
 
         Returns:
             Queries of the same shape; the weights of self-attention if the attention implementation
@@ -138,7 +142,8 @@ class DynamicDETRDecoderLayer(GradientCheckpointingLayer):
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Each query's own region, filtered by the query
         regions = pool_regions(
-            levels,
+            encoder_tokens,
+            spatial_shapes,
             boxes_xyxy,
             finest_level=self.finest_level,
             output_size=self.pooling_size,
@@ -302,6 +307,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
                 encoder_states.append(levels)
 
         # Decoder: boxes in pixels, from the learned ones to those of the last layer
+        tokens, spatial_shapes = flatten_levels(levels)
         whwh = picture_sizes(pixel_values, pixel_mask).repeat(1, 2)[:, None]
         boxes = boxes_cxcywh_to_xyxy(self.query_boxes.weight.to(whwh.dtype) * whwh)
         object_queries = self.query_embeddings.weight.to(levels[0].dtype)
@@ -309,10 +315,10 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         decoder_states, decoder_attentions = [object_queries], []
         layer_boxes, layer_records = [], []
         for layer, head in zip(self.decoder_layers, self.heads, strict=True):
-            object_queries, weights = layer(object_queries, boxes, *levels)
+            object_queries, weights = layer(object_queries, boxes, tokens, spatial_shapes)
             if output_recording:
                 strides = level_strides(
-                    boxes, finest_level=layer.finest_level, num_levels=len(levels)
+                    boxes, finest_level=layer.finest_level, num_levels=len(spatial_shapes)
                 )
                 references = boxes_xyxy_to_cxcywh(boxes.detach()) / whwh
                 layer_records.append(
@@ -328,7 +334,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         return DynamicDETRModelOutput(
             last_hidden_state=object_queries,
             intermediate_hidden_states=torch.stack(decoder_states[1:]),
-            encoder_last_hidden_state=flatten_levels(levels)[0],
+            encoder_last_hidden_state=tokens,
             decoder_hidden_states=tuple(decoder_states) if output_hidden_states else None,
             decoder_attentions=tuple(decoder_attentions) if output_attentions else None,
             encoder_hidden_states=tuple(flatten_levels(state)[0] for state in encoder_states)

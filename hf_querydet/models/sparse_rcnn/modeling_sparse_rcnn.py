@@ -22,7 +22,7 @@ from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.canvas import pad_canvas, picture_sizes
 from hf_querydet.layers.dynamic_convolution import DynamicConvolution
-from hf_querydet.layers.feature_levels import flatten_levels
+from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
@@ -113,14 +113,20 @@ class DynamicInstanceInteractiveHead(GradientCheckpointingLayer):
         self.box_head = nn.Linear(config.d_model, 4)
 
     def forward(
-        self, proposal_features: Tensor, proposal_boxes: Tensor, *levels: Tensor
+        self,
+        proposal_features: Tensor,
+        proposal_boxes: Tensor,
+        pyramid_tokens: Tensor,
+        spatial_shapes: SpatialShapes,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Refine the proposals.
 
         Args:
             proposal_features: (batch, num_queries, d_model).
             proposal_boxes: (batch, num_queries, 4), xyxy in pixels of the canvas.
-            levels: Maps of the feature pyramid (batch, d_model, height, width), fine to coarse.
+            pyramid_tokens: Maps of the feature pyramid, fine to coarse, (batch, num_tokens,
+                d_model).
+            spatial_shapes: (height, width) of every map.
 
         Returns:
             Features of the same shape; boxes of the same shape, at least float32; the weights of
@@ -133,7 +139,8 @@ class DynamicInstanceInteractiveHead(GradientCheckpointingLayer):
         proposal_features = self.self_attention_norm(proposal_features + self.dropout(update))
         # Each proposal with the features of its own box
         regions = pool_regions(
-            levels,
+            pyramid_tokens,
+            spatial_shapes,
             proposal_boxes,
             finest_level=self.finest_level,
             output_size=self.pooling_size,
@@ -241,6 +248,7 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
         # Feature pyramid of the canvas, padding and all
         canvas = pad_canvas(pixel_values, multiple=COARSEST_STRIDE)
         levels = self.feature_pyramid([features for features, _ in self.backbone(canvas)])
+        tokens, spatial_shapes = flatten_levels(levels)
 
         # Proposals: learned relative to the picture, pixels from here on
         scale = picture_sizes(pixel_values, pixel_mask).repeat(1, 2)[:, None]  # (batch, 1, 4)
@@ -250,10 +258,10 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
         # Stages
         all_features, all_boxes, attentions, layer_records = [features], [], [], []
         for stage in self.stages:
-            features, predicted, weights = stage(features, boxes, *levels)
+            features, predicted, weights = stage(features, boxes, tokens, spatial_shapes)
             if output_recording:
                 strides = level_strides(
-                    boxes, finest_level=stage.finest_level, num_levels=len(levels)
+                    boxes, finest_level=stage.finest_level, num_levels=len(spatial_shapes)
                 )
                 references = boxes_xyxy_to_cxcywh(boxes.detach() / scale)
                 layer_records.append(
@@ -270,7 +278,7 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
             intermediate_hidden_states=torch.stack(all_features[1:]),
             decoder_hidden_states=tuple(all_features) if output_hidden_states else None,
             decoder_attentions=tuple(attentions) if output_attentions else None,
-            encoder_hidden_states=(flatten_levels(levels)[0],) if output_hidden_states else None,
+            encoder_hidden_states=(tokens,) if output_hidden_states else None,
             intermediate_boxes=torch.stack(all_boxes),
             layer_records=tuple(layer_records) if output_recording else None,
         )
