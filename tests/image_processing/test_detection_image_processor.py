@@ -468,6 +468,15 @@ def test_what_cannot_be_padded_is_an_error(pictures, error, message):
 # Labels in batches ----------------------------------------------------------------------------
 
 
+def test_batches_have_the_layout_that_convolutions_want():
+    processor = DetectionImageProcessor(size=TINY)
+    pictures = [photograph(30, 40), photograph(50, 31)]
+    singles = processor(pictures, do_pad=False)["pixel_values"]
+
+    for batch in (processor(pictures, return_tensors="pt"), processor.pad_batch(singles)):
+        assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_boxes_do_not_depend_on_the_batch():
     annotations = annotation_set(box(50, 25, 100, 50))
     processor = DetectionImageProcessor(size=TINY)
