@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
+from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import FeedForward
 
 
@@ -46,7 +47,7 @@ class DeformableTransformerEncoderLayer(GradientCheckpointingLayer):
             num_levels=num_levels,
             num_points=num_points,
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.self_attention_norm = nn.LayerNorm(hidden_size)
         self.feed_forward = FeedForward(
             hidden_size=hidden_size,
@@ -133,7 +134,7 @@ class DeformableTransformerDecoderLayer(GradientCheckpointingLayer):
             num_points=num_points,
         )
         self.cross_attention_norm = nn.LayerNorm(hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.feed_forward = FeedForward(
             hidden_size=hidden_size,
             inner_size=inner_size,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from hf_querydet.layers.dropout import Dropout
+
 # Values between the two layers of a feed-forward block that are computed at a time where no
 # backward needs them all: as many as caches hold, 8 MB in float32.
 INNER_VALUES = 2**21
@@ -37,9 +39,9 @@ class FeedForward(nn.Module):
         self.expand = nn.Linear(hidden_size, inner_size)
         # What the first layer returns is not needed again.
         self.activation = nn.ReLU(inplace=True) if activation == "relu" else ACT2FN[activation]
-        self.activation_dropout = nn.Dropout(activation_dropout)
+        self.activation_dropout = Dropout(activation_dropout)
         self.contract = nn.Linear(inner_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_querydet.layers.attention import MultiHeadAttention
+from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import FeedForward
 
 
@@ -40,7 +41,7 @@ class TransformerEncoderLayer(GradientCheckpointingLayer):
         self.self_attention = MultiHeadAttention(
             config, hidden_size=hidden_size, num_heads=num_heads, dropout=attention_dropout
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.self_attention_norm = nn.LayerNorm(hidden_size)
         self.feed_forward = FeedForward(
             hidden_size=hidden_size,

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from_padding
 from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import MLP, FeedForward
 from hf_querydet.layers.initialization import (
     init_box_head,
@@ -110,7 +111,7 @@ class AnchorDETREncoderLayer(GradientCheckpointingLayer):
             average_valid_keys=config.average_valid_keys,
         )
         self.self_attention_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.feed_forward = FeedForward(
             hidden_size=config.d_model,
             inner_size=config.encoder_ffn_dim,
@@ -277,7 +278,7 @@ class AnchorDETRDecoderLayer(GradientCheckpointingLayer):
             else FullCrossAttention(config)
         )
         self.cross_attention_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.feed_forward = FeedForward(
             hidden_size=config.d_model,
             inner_size=config.decoder_ffn_dim,

@@ -6,6 +6,8 @@ Letters: N maps, Q queries, M heads, D channels of a head, H rows and W columns 
 import torch
 from torch import Tensor, nn
 
+from hf_querydet.layers.dropout import Dropout
+
 
 class RowColumnAttention(nn.Module):
     """Attention to a map as attention along its rows and attention along its columns.
@@ -41,7 +43,7 @@ class RowColumnAttention(nn.Module):
         self.column_k_proj = nn.Linear(hidden_size, hidden_size)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

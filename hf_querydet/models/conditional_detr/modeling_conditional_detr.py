@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 
 from hf_querydet.layers.attention import attention_mask_from_padding
 from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import MLP, FeedForward
 from hf_querydet.layers.initialization import init_box_head, init_focal_prior
 from hf_querydet.layers.position_embedding import (
@@ -93,7 +94,7 @@ class ConditionalDETRDecoderLayer(GradientCheckpointingLayer):
             add_positions=is_first,
         )
         self.cross_attention_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.feed_forward = FeedForward(
             hidden_size=config.d_model,
             inner_size=config.decoder_ffn_dim,

@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple
 
 from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from_padding
 from hf_querydet.layers.backbone import Backbone
+from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import MLP, FeedForward
 from hf_querydet.layers.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
 from hf_querydet.layers.transformer import TransformerEncoderLayer
@@ -45,7 +46,7 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
             dropout=config.attention_dropout,
         )
         self.cross_attention_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.feed_forward = FeedForward(
             hidden_size=config.d_model,
             inner_size=config.decoder_ffn_dim,

@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.canvas import pad_canvas, picture_sizes
+from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.dynamic_convolution import DynamicConvolution
 from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
@@ -109,7 +110,7 @@ class DynamicDETRDecoderLayer(GradientCheckpointingLayer):
             num_positions=config.pooling_size**2,
         )
         self.dynamic_convolution_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.feed_forward = FeedForward(
             hidden_size=config.d_model,
             inner_size=config.decoder_ffn_dim,
