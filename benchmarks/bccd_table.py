@@ -1,0 +1,80 @@
+"""The yardstick runs as a table and as a picture of their curves.
+
+    python benchmarks/bccd_table.py [--results benchmarks/results] [--figure FILE.png]
+
+Reads what `bccd.py` wrote about whole runs (`bccd_VARIANT.json`, `bccd_VARIANT_transformers.json`),
+prints a table in Markdown, best first, and draws AP50 against minutes of training; dashed lines are
+detectors of transformers. Needs the extra `plots`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hf_querydet import VARIANTS
+
+SUFFIX_OF = {"hf_querydet": "", "transformers": "_transformers"}
+HEAD = ["detector", "parameters", "steps", "minutes", "AP", "AP50", "AP75"]
+
+
+def read_runs(results: Path) -> list[dict[str, Any]]:
+    """All runs there are, the best AP first."""
+    paths = [
+        results / f"bccd_{variant}{suffix}.json"
+        for variant in VARIANTS
+        for suffix in SUFFIX_OF.values()
+    ]
+    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return sorted(runs, key=lambda run: -run["metrics"]["map"])
+
+
+def title(run: dict[str, Any]) -> str:
+    name = VARIANTS[run["variant"]].detector.__name__.removesuffix("ForObjectDetection")
+    return name if run["library"] == "hf_querydet" else f"{name} of transformers"
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    rows = [HEAD, ["---"] * len(HEAD)]
+    for run in runs:
+        metrics = (f"{run['metrics'][name]:.3f}" for name in ("map", "map_50", "map_75"))
+        numbers = [f"{run['parameters'] / 1e6:.1f} M", run["steps"], round(run["seconds"] / 60)]
+        rows.append([title(run), *map(str, numbers), *metrics])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(runs: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colors = {variant: f"C{index}" for index, variant in enumerate(VARIANTS)}
+    for run in runs:
+        points = [{"seconds": 0, "map_50": 0}, *run["ap_curve"]]
+        axes.plot(
+            [point["seconds"] / 60 for point in points],
+            [point["map_50"] for point in points],
+            color=colors[run["variant"]],
+            linestyle="-" if run["library"] == "hf_querydet" else "--",
+            label=title(run),
+        )
+    axes.set(xlabel="minutes of training, two cores", ylabel="AP50", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--figure", type=Path, help="PNG of the curves")
+    options = parser.parse_args()
+    runs = read_runs(options.results)
+    print(table(runs))
+    if options.figure:
+        # Runs from before curves were kept have none.
+        draw([run for run in runs if "ap_curve" in run]).savefig(options.figure, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
