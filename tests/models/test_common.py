@@ -332,7 +332,8 @@ def test_exported_program_takes_other_batches_and_sizes(name):
         (),
         {
             # No level has a side of one cell, which the exporter would take for a constant.
-            "pixel_values": torch.randn(2, 3, 256, 320),
+            # Channels last, as image processors return them; the program takes any layout.
+            "pixel_values": torch.randn(2, 256, 320, 3).permute(0, 3, 1, 2),
             "pixel_mask": torch.ones(2, 256, 320, dtype=torch.int64),
         },
         dynamic_shapes={
