@@ -13,6 +13,8 @@ The parts of it are measured in a second run of ours: image processor (from phot
 pixels), backbone, the rest of the model, post-processing; forward without loss, matching, loss
 without matching, backward, optimizer.
 
+What would need more memory than the machine has, by its peak with the smallest batch, is left out.
+
 A mode is another way to run ours: autocast to bfloat16, `torch.compile`, or both. Training is
 measured in the plain mode and in bf16.
 
@@ -36,7 +38,14 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import alternate, describe_machine, median_ratio, peak_extra_bytes, photographs
+from measuring import (
+    alternate,
+    available_bytes,
+    describe_machine,
+    median_ratio,
+    peak_extra_bytes,
+    photographs,
+)
 from torch import Tensor, nn
 from transformers.models.timm_backbone import TimmBackboneConfig
 
@@ -240,8 +249,14 @@ def measure(runs: dict[str, Callable], rounds: int) -> dict[str, Any]:
 
 
 def measure_case(
-    variant: str, size: tuple[int, int], batch_size: int, modes: list[str], rounds: int
+    variant: str,
+    size: tuple[int, int],
+    batch_size: int,
+    modes: list[str],
+    rounds: int,
+    smaller: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    """One size and batch of a variant; `smaller` is the case of its smallest batch."""
     models = build_models(variant, "resnet50" if min(size) >= 600 else "resnet18")
     case: dict[str, Any] = {}
     if "transformers" in models:
@@ -265,6 +280,12 @@ def measure_case(
     }
     if "bf16" in modes:
         runs["bf16"] = training_step(copy.deepcopy(ours).train(), batch, labels, "bf16")
+    if smaller is not None:
+        growth = batch_size / smaller["batch_size"]
+        peaks = smaller["training step"]["peak_mb"]
+        too_large = [name for name in runs if growth * peaks[name] * 1e6 > available_bytes()]
+        case["left out of training"] = too_large
+        runs = {name: run for name, run in runs.items() if name not in too_large}
     case["training step"] = measure(runs, rounds)
     case["training step"]["parts"] = training_parts(ours, batch, labels, rounds)
     return case
@@ -306,11 +327,13 @@ def main() -> None:
     for variant in options.variants:
         for size in options.sizes:
             height, width = map(int, size.split("x"))
-            for batch_size in options.batch_sizes:
+            smaller = None
+            for batch_size in sorted(options.batch_sizes):
                 case = {"variant": variant, "size": size, "batch_size": batch_size}
                 case |= measure_case(
-                    variant, (height, width), batch_size, options.modes, options.rounds
+                    variant, (height, width), batch_size, options.modes, options.rounds, smaller
                 )
+                smaller = smaller or case
                 report["cases"].append(case)
                 print(f"\n{variant}, {size}, batch of {batch_size}")
                 for title in ("inference", "training step"):

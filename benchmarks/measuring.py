@@ -96,6 +96,14 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return max(0, _status_bytes("VmHWM") - before - result_bytes)
 
 
+def available_bytes() -> int:
+    """Memory that the machine could still give."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
 def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):

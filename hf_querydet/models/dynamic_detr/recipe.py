@@ -18,4 +18,10 @@ RECIPE = Recipe(
     step_fraction=11 / 12,
 )
 
-SMALL_RECIPE = SmallRecipe(model_fields=SMALL_BACKBONE | SMALL_DECODER | {"encoder_layers": 3})
+SMALL_RECIPE = SmallRecipe(
+    model_fields=SMALL_BACKBONE | SMALL_DECODER | {"encoder_layers": 3},
+    # Nothing leads around the encoder's layers: while they change fast, what the decoder has
+    # learned of their output is soon wrong.
+    slow_parameters=("encoder_layers",),
+    slow_learning_rate_factor=0.1,
+)
