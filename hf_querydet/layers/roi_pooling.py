@@ -78,7 +78,6 @@ def pool_regions(
         (batch, num_boxes, output_size ** 2, channels) of the tokens' type, bins row by row. Zeros
         for boxes without a level, see :func:`assign_levels`.
     """
-    boxes_xyxy = boxes_xyxy.detach().to(torch.promote_types(tokens.dtype, torch.float32))
     num_levels = len(spatial_shapes)
     levels = assign_levels(
         boxes_xyxy, finest_level=finest_level, coarsest_level=finest_level + num_levels - 1

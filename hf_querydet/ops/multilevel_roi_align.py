@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import hf_querydet.ops.deformable_attention_op  # noqa: F401 - registers the operators called here
-
 OUTSIDE = -1.0
 
 

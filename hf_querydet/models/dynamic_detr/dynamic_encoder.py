@@ -33,7 +33,7 @@ def deformable_convolution(
 
     Every tap of every output cell is one sample of deformable attention, with the factor as its
     weight; the rest is a matrix product over taps and channels. torchvision's operator computes the
-    same on one core; ``benchmarks/torchvision_operators.py`` compares the two.
+    same; ``benchmarks/torchvision_operators.py`` compares the two.
 
     Positions and factors are float32 at least, under autocast too: half types cannot tell the
     positions on a large map apart.
