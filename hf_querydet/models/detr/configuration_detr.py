@@ -39,6 +39,10 @@ class DETRConfig(DetectorConfig):
         activation_dropout: Dropout inside the feed-forward blocks.
         position_embedding_type: ``"sine"`` (fixed) or ``"learned"`` (at most 50 cells a side).
         eos_coefficient: Weight of the "no object" class in the cross-entropy.
+        query_position_std: Standard deviation of the first values of the queries' position
+            embeddings. Content starts at zero and values carry no positions, so these embeddings
+            are all that tells queries apart; with a larger one they look at different places from
+            the first step on.
 
     Example:
         >>> from hf_querydet import DETRConfig, DETRForObjectDetection
@@ -76,6 +80,7 @@ class DETRConfig(DetectorConfig):
     activation_dropout: float | int = 0.1
     position_embedding_type: str = "sine"
     eos_coefficient: float | int = 0.1
+    query_position_std: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         """See :class:`DetectorConfig`."""
@@ -96,3 +101,8 @@ class DETRConfig(DetectorConfig):
             )
         self.check_at_least_1("decoder_layers")
         self.check_choice("position_embedding_type", POSITION_EMBEDDING_TYPES)
+        if self.query_position_std <= 0:
+            raise ValueError(
+                "query_position_std must be above 0, or nothing tells queries apart, "
+                f"got {self.query_position_std}."
+            )

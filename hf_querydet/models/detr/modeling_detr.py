@@ -7,6 +7,7 @@ attention, never to the value.
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
@@ -102,6 +103,15 @@ class DETRPreTrainedModel(DetectorPreTrainedModel):
 
     config: DETRConfig
     _no_split_modules = ("Backbone", "TransformerEncoderLayer", "DETRDecoderLayer")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As :meth:`DetectorPreTrainedModel._init_weights`, with the configuration's queries."""
+        super()._init_weights(module)
+        if isinstance(module, DETRModel):
+            init.normal_(
+                module.query_position_embeddings.weight, std=self.config.query_position_std
+            )
 
 
 class DETRModel(DETRPreTrainedModel):
