@@ -108,10 +108,10 @@ class DETRPreTrainedModel(DetectorPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As :meth:`DetectorPreTrainedModel._init_weights`, with the configuration's queries."""
         super()._init_weights(module)
-        if isinstance(module, DETRModel):
-            init.normal_(
-                module.query_position_embeddings.weight, std=self.config.query_position_std
-            )
+        std = self.config.query_position_std
+        # At 1 they are drawn already; a second draw would change all that a seed draws after it.
+        if isinstance(module, DETRModel) and std != 1:
+            init.normal_(module.query_position_embeddings.weight, std=std)
 
 
 class DETRModel(DETRPreTrainedModel):
