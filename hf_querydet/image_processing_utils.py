@@ -8,7 +8,7 @@ rescales label boxes to the padded canvas, so that a picture's targets depend on
 post-processing does not undo it; DETR (arXiv:2005.12872) and its followers do not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -29,6 +29,7 @@ from transformers.utils import TensorType
 from hf_querydet.coco_annotations import match_annotations, prepare_labels
 from hf_querydet.image_reading import flatten_pictures, read_picture
 from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
+from hf_querydet.picture_sizes import fits_into, resized_size, shortest_edge_size
 
 DEFAULT_LONGEST_EDGE = 1333
 
@@ -447,140 +448,6 @@ class DetectionImageProcessor(TorchvisionBackend):
         return resized
 
 
-def resized_size(
-    original_size: tuple[int, int],
-    size: SizeDict,
-    pad_size: SizeDict | None = None,
-    shortest_edge_rule: Callable[..., tuple[int, int]] | None = None,
-) -> tuple[int, int]:
-    """Size of a picture after resizing, never less than 1.
-
-    Args:
-        original_size: (height, width).
-        size: See :class:`DetectionImageProcessor`.
-        pad_size: The result fits into it, keeping the aspect ratio.
-        shortest_edge_rule: Makes a size of ``shortest_edge`` and ``longest_edge``;
-            :func:`shortest_edge_size` if not given.
-
-    Returns:
-        (height, width).
-
-    Raises:
-        ValueError: If ``size`` has other keys, or is a fixed size that ``pad_size`` cannot hold.
-    """
-    if size.height and size.width:
-        result = (size.height, size.width)
-        if pad_size is not None and not _fits(result, pad_size):
-            raise ValueError(
-                f"size is fixed to {result} (height, width), which does not fit into pad_size "
-                f"({pad_size.height}, {pad_size.width}); enlarge pad_size or reduce size."
-            )
-        return result
-    if size.max_height and size.max_width:
-        result = _largest_inside(original_size, size.max_height, size.max_width)
-    elif size.shortest_edge:
-        rule = shortest_edge_rule or shortest_edge_size
-        result = rule(original_size, size.shortest_edge, size.longest_edge)
-    else:
-        raise ValueError(
-            "size must have the keys shortest_edge (and longest_edge), or max_height and "
-            f"max_width, or height and width, got {dict(size)}."
-        )
-    if pad_size is not None and not _fits(result, pad_size):
-        result = _largest_inside(original_size, pad_size.height, pad_size.width)
-    return result
-
-
-def shortest_edge_size(
-    original_size: tuple[int, int], shortest_edge: int, longest_edge: int | None = None
-) -> tuple[int, int]:
-    """Size by the rule of DETR's authors: the short side is given, the long side limited.
-
-    Where the limit binds, the short side is rounded first and the long side follows from the
-    rounded one (200x500 with 800 and 1333 gives 533x1332); transformers computes it from the
-    unrounded one (533x1333). Rounding up can therefore exceed the limit by a few pixels, as with
-    the authors. Only where the short side would vanish does the limit hold exactly, and the short
-    side becomes 1.
-
-    Args:
-        original_size: (height, width).
-        shortest_edge: Short side after resizing, unless the limit binds.
-        longest_edge: Limit of the long side, or None.
-
-    Returns:
-        (height, width).
-    """
-    short, long = sorted(original_size)
-    new_short = shortest_edge
-    if longest_edge is not None and long / short * shortest_edge > longest_edge:
-        new_short = round(longest_edge * short / long)
-    if new_short == 0:
-        new_short, new_long = 1, longest_edge
-    else:
-        new_long = int(new_short * long / short)
-    height, width = original_size
-    return (new_long, new_short) if height > width else (new_short, new_long)
-
-
-def decode_softmax_scores(
-    logits: Tensor, top_k: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Read one detection per query: the best real class of a softmax.
-
-    The last column is "no object". It takes part in the softmax and is then dropped, so that a
-    query that sees nothing returns its best class with a low score. DETR (arXiv:2005.12872), Sec.
-    3.1.
-
-    Args:
-        logits: (batch, num_queries, num_labels + 1), raw.
-        top_k: Keep the best of the queries; None keeps all.
-
-    Returns:
-        Scores (batch, n) in descending order, labels int64 (batch, n), queries int64 (batch, n),
-        where n is num_queries or ``top_k``, whichever is less.
-    """
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-    scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    scores, queries = scores[:, :top_k], order[:, :top_k]
-    return scores, labels.gather(1, queries), queries
-
-
-def decode_sigmoid_scores(logits: Tensor, top_k: int | None = 100) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the best pairs of query and class: every class is a detector of its own.
-
-    A query may be returned several times, with different classes. The way of the detectors that
-    train with focal loss, Deformable DETR (arXiv:2010.04159) and others.
-
-    Args:
-        logits: (batch, num_queries, num_labels), raw.
-        top_k: How many pairs; None returns all.
-
-    Returns:
-        Scores (batch, n) in descending order, labels int64 (batch, n), queries int64 (batch, n),
-        where n is num_queries * num_labels or ``top_k``, whichever is less.
-    """
-    num_labels = logits.shape[-1]
-    scores = logits.sigmoid().flatten(1)
-    num_pairs = scores.shape[1]
-    scores, pairs = scores.topk(num_pairs if top_k is None else min(top_k, num_pairs), dim=1)
-    return scores, pairs % num_labels, pairs // num_labels
-
-
-def _fits(size: tuple[int, int], pad_size: SizeDict) -> bool:
-    return size[0] <= pad_size.height and size[1] <= pad_size.width
-
-
-def _largest_inside(
-    original_size: tuple[int, int], max_height: int, max_width: int
-) -> tuple[int, int]:
-    """Largest size of the same aspect ratio inside a frame."""
-    # In integers: with a rounded factor the limiting side could miss its limit by one.
-    height, width = original_size
-    if max_height * width <= max_width * height:
-        return max_height, max(1, width * max_height // height)
-    return max(1, height * max_width // width), max_width
-
-
 def _prepare_all_labels(
     annotations: Any,
     format: str,
@@ -666,7 +533,7 @@ def _canvas_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None) -> tup
     if pad_size is None:
         return max(height for height, _ in sizes), max(width for _, width in sizes)
     for index, size in enumerate(sizes):
-        if not _fits(size, pad_size):
+        if not fits_into(size, pad_size):
             raise ValueError(
                 f"Picture {index} has size {size} (height, width), which does not fit into "
                 f"pad_size ({pad_size.height}, {pad_size.width}); enlarge pad_size, or process "

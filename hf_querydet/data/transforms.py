@@ -10,8 +10,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from transformers.image_utils import SizeDict
 
-from hf_querydet.image_processing_utils import DetectionImageProcessor, resized_size
+from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.image_reading import read_picture
+from hf_querydet.picture_sizes import resized_size
 
 # DETR's augmentation (arXiv:2005.12872, Sec. 4 and the authors' code) is stated for pictures whose
 # shorter side is 800 pixels; for other sizes every number below is scaled in proportion.

@@ -6,7 +6,7 @@ import torch
 from tiny import picture
 
 from hf_querydet import SparseRCNNConfig, SparseRCNNImageProcessor
-from hf_querydet.image_processing_utils import shortest_edge_size
+from hf_querydet.picture_sizes import shortest_edge_size
 
 
 def outputs(num_proposals=7, num_classes=5):

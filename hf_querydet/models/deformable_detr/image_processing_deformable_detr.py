@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from hf_querydet.image_processing_utils import DetectionImageProcessor, decode_sigmoid_scores
+from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.ops.score_decoding import decode_sigmoid_scores
 
 
 class DeformableDETRImageProcessor(DetectionImageProcessor):

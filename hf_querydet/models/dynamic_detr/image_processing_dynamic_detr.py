@@ -8,9 +8,8 @@ from transformers.processing_utils import Unpack
 from hf_querydet.image_processing_utils import (
     DetectionImageProcessor,
     DetectionImageProcessorKwargs,
-    decode_sigmoid_scores,
-    decode_softmax_scores,
 )
+from hf_querydet.ops.score_decoding import decode_sigmoid_scores, decode_softmax_scores
 
 
 class DynamicDETRImageProcessorKwargs(DetectionImageProcessorKwargs, total=False):
