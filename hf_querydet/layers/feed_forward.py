@@ -72,8 +72,14 @@ class FeedForward(nn.Module):
 
     def _transform(self, tokens: Tensor) -> Tensor:
         """(tokens, hidden_size) to the same shape."""
-        update = self.activation_dropout(self.activation(self.expand(tokens)))
-        return self.norm(tokens + self.dropout(self.contract(update)))
+        inner = self.expand(tokens)
+        if isinstance(self.activation, nn.ReLU):
+            # The same numbers as in the other order, but the backward of ReLU then needs what the
+            # second layer's needs anyway, and not one more of the largest tensors here.
+            inner = self.activation(self.activation_dropout(inner))
+        else:
+            inner = self.activation_dropout(self.activation(inner))
+        return self.norm(tokens + self.dropout(self.contract(inner)))
 
 
 class MLP(nn.Module):

@@ -68,6 +68,32 @@ def test_dropout_after_the_activation_leaves_the_bias_of_the_second_layer():
     torch.testing.assert_close(block(tokens), F.layer_norm(tokens + block.contract.bias, (6,)))
 
 
+@pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("gelu", F.gelu)])
+def test_activated_values_are_dropped_or_scaled(activation, function):
+    block = FeedForward(
+        hidden_size=6, inner_size=11, activation=activation, dropout=0.0, activation_dropout=0.25
+    )
+    tokens = torch.randn(7, 6)
+    seen = []
+    block.contract.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    block(tokens)
+
+    activated = function(tokens @ block.expand.weight.T + block.expand.bias)
+    is_kept = seen[0] != 0
+
+    assert 0 < is_kept[activated != 0].float().mean() < 1
+    torch.testing.assert_close(seen[0], activated * is_kept / 0.75)
+
+
+def test_inner_values_are_kept_once_for_the_backward():
+    block = FeedForward(hidden_size=6, inner_size=11, dropout=0.1, activation_dropout=0.1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block(torch.randn(7, 6))
+    inner = {t.data_ptr() for t in kept if t.shape == (7, 11) and t.dtype == torch.float32}
+    assert len(inner) == 1
+
+
 def test_mlp_has_a_relu_between_layers_and_none_after_the_last():
     mlp = MLP(input_size=3, hidden_size=7, output_size=4, num_layers=3).double()
     tokens = torch.randn(2, 5, 3, dtype=torch.float64)
