@@ -110,12 +110,15 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(object_queries)
         # Half types cannot tell neighbouring cells of a large level apart.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
-        offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+        shape = (self.num_heads, self.num_levels, self.num_points, 2)
         if reference_points is not None:
-            points = self._per_level("reference_points", reference_points, 2, offsets)
             # Filled on the device: a tensor made from a list would wait for the GPU.
             sizes = [offsets.new_full((1,), size) for hw in spatial_shapes for size in reversed(hw)]
-            return points + offsets / torch.cat(sizes).view(self.num_levels, 1, 2)
+            sizes = torch.cat(sizes).view(self.num_levels, 1, 2).expand(shape).flatten()
+            # Divided while flat: CPUs are slow at many short rows.
+            offsets = (offsets / sizes).unflatten(-1, shape)
+            return self._per_level("reference_points", reference_points, 2, offsets) + offsets
+        offsets = offsets.unflatten(-1, shape)
         boxes = self._per_level("reference_boxes", reference_boxes, 4, offsets)
         return boxes[..., :2] + offsets * boxes[..., 2:] * (0.5 / self.num_points)
 

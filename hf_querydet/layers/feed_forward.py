@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hf_querydet.layers.dropout import Dropout
+from hf_querydet.layers.dropout import Dropout, ReluDropout
 
 # Values between the two layers of a feed-forward block that are computed at a time where no
 # backward needs them all: as many as caches hold, 8 MB in float32.
@@ -37,9 +37,12 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.expand = nn.Linear(hidden_size, inner_size)
-        # What the first layer returns is not needed again.
-        self.activation = nn.ReLU(inplace=True) if activation == "relu" else ACT2FN[activation]
-        self.activation_dropout = Dropout(activation_dropout)
+        # One step for the papers' activation, because these are the largest tensors of a detector.
+        self.activation = (
+            ReluDropout(activation_dropout)
+            if activation == "relu"
+            else nn.Sequential(ACT2FN[activation], Dropout(activation_dropout))
+        )
         self.contract = nn.Linear(inner_size, hidden_size)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size)
@@ -72,14 +75,8 @@ class FeedForward(nn.Module):
 
     def _transform(self, tokens: Tensor) -> Tensor:
         """(tokens, hidden_size) to the same shape."""
-        inner = self.expand(tokens)
-        if isinstance(self.activation, nn.ReLU):
-            # The same numbers as in the other order, but the backward of ReLU then needs what the
-            # second layer's needs anyway, and not one more of the largest tensors here.
-            inner = self.activation(self.activation_dropout(inner))
-        else:
-            inner = self.activation_dropout(self.activation(inner))
-        return self.norm(tokens + self.dropout(self.contract(inner)))
+        update = self.activation(self.expand(tokens))
+        return self.norm(tokens + self.dropout(self.contract(update)))
 
 
 class MLP(nn.Module):
