@@ -8,8 +8,8 @@ from transformers.activations import ACT2FN
 
 from hf_querydet.layers.dropout import Dropout, ReluDropout
 
-# Values between the two layers of a feed-forward block that are computed at a time where no
-# backward needs them all: as many as caches hold, 8 MB in float32.
+# Values between the two layers of a feed-forward block that are computed at a time on CPUs: as many
+# as caches hold, 8 MB in float32.
 INNER_VALUES = 2**21
 
 
@@ -68,8 +68,6 @@ class FeedForward(nn.Module):
         return (
             tokens.device.type == "cpu"
             and not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and not self.training
             and len(tokens) > self._piece_size
         )
 
