@@ -14,6 +14,8 @@ the learning rate follows it, so a faster variant takes more steps.
 `--library transformers` trains transformers' own class of the variant in the same way, on the same
 ResNet of timm, all of which is made trainable for it. `--tune` evaluates on every fifth training
 picture and trains on the others, for choosing settings without looking at the validation pictures.
+`--device cuda` is no yardstick: a run to stand beside it, with more steps, or larger pictures by
+`--recipe-fields '{"shortest_edge": 480, "longest_edge": 640}'`. The json names the GPU.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from measuring import describe_machine
 from torch import nn
 from torch.utils.data import DataLoader
@@ -45,6 +48,8 @@ from hf_querydet.training import parameter_groups
 
 # In the course of a run, for the curve; the last one is the result.
 EVALUATIONS = 10
+# Processes that prepare pictures for a GPU. On a CPU they would take time from training.
+GPU_WORKERS = 8
 # transformers' classes of the same variants; the other four exist in no other library of its kind.
 PEERS = {
     "detr": "Detr",
@@ -171,7 +176,7 @@ def train(
             factor = learning_rate_factor(progress, recipe.warmup_fraction)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            loss = model(**batch).loss
+            loss = model(**send_to_device(batch, options.device)).loss
             if not torch.isfinite(loss):
                 sys.exit(f"the loss is {loss.item()} at step {step}")
             loss.backward()
@@ -190,8 +195,10 @@ def train(
 @torch.no_grad()
 def evaluate(model: nn.Module, processor: Any, loader: DataLoader, id2label: dict) -> dict:
     model.eval()
+    device = next(model.parameters()).device
     evaluator = CocoEvaluator(id2label)
     for batch in loader:
+        batch = send_to_device(batch, device)
         outputs = model(batch["pixel_values"], batch["pixel_mask"])
         sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
         evaluator.update(
@@ -219,6 +226,7 @@ def main() -> None:
         default={},
         help="""other settings of training, json: '{"learning_rate": 1e-4}'""",
     )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="keep away from the validation data")
     parser.add_argument("--note", default="", help="kept in the json: what else the machine did")
@@ -244,7 +252,12 @@ def main() -> None:
     processor = variant.image_processor(size=size)
     id2label = train_data.id2label
     model = build_detector(options.library, options.variant, fields | {"id2label": id2label})
-    loading = {"batch_size": recipe.batch_size, "collate_fn": DetectionCollator(processor)}
+    model.to(options.device)
+    loading = {
+        "batch_size": recipe.batch_size,
+        "collate_fn": DetectionCollator(processor),
+        "num_workers": GPU_WORKERS if options.device == "cuda" else 0,
+    }
     train_loader = DataLoader(
         train_data.with_processor(processor, DetectionAugmentation(processor)),
         shuffle=True,
@@ -263,7 +276,7 @@ def main() -> None:
     report = {
         # The directory is a matter of the machine.
         "command": shlex.join(["python", *sys.argv]).replace(options.data, "DIRECTORY"),
-        **describe_machine(options.note),
+        **describe_machine(options.note, options.device),
         "variant": options.variant,
         "library": options.library,
         "recipe": dataclasses.asdict(recipe) | {"model_fields": fields},
