@@ -45,6 +45,14 @@ def test_piece_by_piece_it_is_the_same(monkeypatch):
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+def test_gradients_are_those_of_finite_differences(monkeypatch):
+    block = FeedForward(hidden_size=6, inner_size=11, dropout=0.0, activation_dropout=0.0)
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(feed_forward, "INNER_VALUES", 4 * 11)
+
+    assert torch.autograd.gradcheck(block.double().eval(), tokens)
+
+
 def test_dropout_of_the_update_leaves_the_residual():
     block = FeedForward(hidden_size=6, inner_size=11, dropout=1.0, activation_dropout=0.0)
     tokens = torch.randn(2, 5, 6)
