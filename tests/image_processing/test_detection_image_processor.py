@@ -1,4 +1,3 @@
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,20 +7,13 @@ import torch
 from transformers import BatchFeature, DetrImageProcessor
 
 from hf_querydet.image_processing_utils import DetectionImageProcessor
-from hf_querydet.ops.score_decoding import decode_sigmoid_scores, decode_softmax_scores
+from hf_querydet.ops.score_decoding import decode_softmax_scores
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 # Sizes that resizing leaves alone keep expectations exact.
 AS_IS = {"do_resize": False}
 TINY = {"shortest_edge": 20, "longest_edge": 33}
-
-
-class SigmoidImageProcessor(DetectionImageProcessor):
-    default_top_k = 4
-
-    def decode_predictions(self, logits, top_k):
-        return decode_sigmoid_scores(logits, top_k)
 
 
 class SoftmaxImageProcessor(DetectionImageProcessor):
@@ -159,6 +151,12 @@ def test_odd_pictures_are_resized(height, width):
 
     expected = ((100 / 255 - MEAN) / STD).expand(values.shape[1:])
     torch.testing.assert_close(values[0], expected)
+
+
+def test_integer_size_of_a_call_is_the_short_side():
+    values = DetectionImageProcessor()(noise(10, 30), size=20, return_tensors="pt")["pixel_values"]
+
+    assert values.shape == (1, 3, 20, 60)
 
 
 def test_output_types():
@@ -452,159 +450,7 @@ def test_labels_as_predictions_give_the_annotations_back(pad_size):
         assert (result["boxes"] - expected).abs().max() < 0.5
 
 
-# Post-processing ------------------------------------------------------------------------------
-
-
-def sigmoid_outputs(dtype=torch.float32):
-    """Two pictures, two queries, three classes; scores 0.9, 0.7 ... as logits."""
-    scores = torch.tensor(
-        [[[0.9, 0.1, 0.2], [0.3, 0.7, 0.6]], [[0.05, 0.06, 0.07], [0.01, 0.02, 0.8]]]
-    )
-    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]).expand(2, 2, 4)
-    return SimpleNamespace(logits=scores.logit().to(dtype), pred_boxes=boxes.to(dtype))
-
-
-def test_detection_says_which_query_it_comes_from():
-    outputs = sigmoid_outputs()
-
-    first, second = SigmoidImageProcessor().post_process_object_detection(outputs, 0.65)
-
-    assert (first["queries"].tolist(), second["queries"].tolist()) == ([0, 1], [1])
-    expected = torch.tensor([[0.4, 0.3, 0.6, 0.7], [0.0, 0.0, 0.5, 1.0]])
-    torch.testing.assert_close(first["boxes"], expected)
-
-
-def test_boxes_are_corners_in_pixels_of_the_original():
-    results = SigmoidImageProcessor().post_process_object_detection(
-        sigmoid_outputs(), 0.75, [(100, 200), (50, 80)]
-    )
-
-    torch.testing.assert_close(results[0]["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0]]))
-    torch.testing.assert_close(results[1]["boxes"], torch.tensor([[0.0, 0.0, 40.0, 50.0]]))
-
-
-def test_without_target_sizes_boxes_stay_normalised():
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(sigmoid_outputs(), 0.75)
-
-    torch.testing.assert_close(first["boxes"], torch.tensor([[0.4, 0.3, 0.6, 0.7]]))
-
-
-@pytest.mark.parametrize(
-    "target_sizes",
-    [
-        torch.tensor([[100, 200], [50, 80]]),
-        torch.tensor([[100, 200], [50, 80]], dtype=torch.int32),
-        [torch.tensor([100, 200]), torch.tensor([50, 80])],
-        [[100, 200], (50, 80)],
-        np.array([[100, 200], [50, 80]]),
-    ],
-)
-def test_target_sizes_come_in_many_forms(target_sizes):
-    results = SigmoidImageProcessor().post_process_object_detection(
-        sigmoid_outputs(), 0.75, target_sizes
-    )
-
-    torch.testing.assert_close(results[1]["boxes"], torch.tensor([[0.0, 0.0, 40.0, 50.0]]))
-
-
-def test_threshold_is_strict():
-    outputs = SimpleNamespace(logits=torch.zeros(1, 1, 2), pred_boxes=torch.zeros(1, 1, 4))
-
-    (result,) = SigmoidImageProcessor().post_process_object_detection(outputs, 0.5)
-
-    assert len(result["scores"]) == 0
-
-
-def test_threshold_is_half_by_default():
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(sigmoid_outputs())
-
-    torch.testing.assert_close(first["scores"], torch.tensor([0.9, 0.7, 0.6]))
-
-
-def test_class_default_limits_detections():
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(sigmoid_outputs(), 0.0)
-
-    torch.testing.assert_close(first["scores"], torch.tensor([0.9, 0.7, 0.6, 0.3]))
-
-
-def test_top_k_limits_detections():
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(
-        sigmoid_outputs(), 0.0, top_k=2
-    )
-
-    assert first["labels"].tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_outputs_give_float32(dtype):
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(
-        sigmoid_outputs(dtype), 0.5, [(1001, 2003), (50, 80)]
-    )
-
-    assert (first["scores"].dtype, first["boxes"].dtype) == (torch.float32, torch.float32)
-    # Scaled after the conversion: only the rounding of the outputs themselves remains.
-    expected = sigmoid_outputs(dtype).pred_boxes[0, 0].float() * torch.tensor(
-        [2003, 1001, 2003, 1001]
-    )
-    torch.testing.assert_close(first["boxes"][0, 2:] - first["boxes"][0, :2], expected[2:])
-
-
-def test_labels_are_int64():
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(sigmoid_outputs())
-
-    assert first["labels"].dtype == torch.int64
-
-
-def test_results_carry_no_gradient():
-    outputs = sigmoid_outputs()
-    outputs.logits.requires_grad_(True)
-
-    (first, _) = SigmoidImageProcessor().post_process_object_detection(outputs)
-
-    assert not first["scores"].requires_grad
-
-
-@pytest.mark.parametrize(
-    ("target_sizes", "message"),
-    [
-        ([(100, 200)], r"shape \(2, 2\), got \(1, 2\)"),
-        (torch.tensor([100, 200]), r"shape \(2, 2\), got \(2,\)"),
-        (torch.zeros(2, 3), r"shape \(2, 2\), got \(2, 3\)"),
-        ([(100, 200), (0, 80)], "must be positive, got"),
-    ],
-)
-def test_wrong_target_sizes_are_an_error(target_sizes, message):
-    with pytest.raises(ValueError, match=message):
-        SigmoidImageProcessor().post_process_object_detection(sigmoid_outputs(), 0.5, target_sizes)
-
-
-@pytest.mark.parametrize("top_k", [0, -1])
-def test_top_k_must_be_positive(top_k):
-    with pytest.raises(ValueError, match=f"top_k must be at least 1, got {top_k}"):
-        SigmoidImageProcessor().post_process_object_detection(sigmoid_outputs(), top_k=top_k)
-
-
-@pytest.mark.parametrize(
-    ("logits", "boxes", "message"),
-    [
-        (torch.zeros(2, 3), torch.zeros(2, 3, 4), r"got \(2, 3\) and \(2, 3, 4\)"),
-        (torch.zeros(2, 3, 5), torch.zeros(2, 4, 4), r"got \(2, 3, 5\) and \(2, 4, 4\)"),
-        (torch.zeros(2, 3, 5), None, "one of them is None"),
-    ],
-)
-def test_wrong_outputs_are_an_error(logits, boxes, message):
-    with pytest.raises(ValueError, match=message):
-        SigmoidImageProcessor().post_process_object_detection(
-            SimpleNamespace(logits=logits, pred_boxes=boxes)
-        )
-
-
-def test_base_class_does_not_know_how_to_read_scores():
-    with pytest.raises(NotImplementedError, match="must override decode_predictions"):
-        DetectionImageProcessor().post_process_object_detection(sigmoid_outputs())
-
-
-# Arguments, files -----------------------------------------------------------------------------
+# Arguments ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -643,129 +489,5 @@ def test_wrong_annotation_fails_before_resizing(monkeypatch):
         DetectionImageProcessor()(noise(5, 7), annotations=annotation_set(box(1, 2, -3, 4)))
 
 
-def test_saved_processor_comes_back_equal(tmp_path):
-    processor = DetectionImageProcessor(
-        size={"shortest_edge": 480, "longest_edge": 801},
-        pad_size={"height": 801, "width": 802},
-        image_mean=[0.1, 0.2, 0.3],
-        do_convert_annotations=False,
-        resample=3,
-    )
-    processor.save_pretrained(tmp_path)
-
-    assert DetectionImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
-
-
-def test_saved_file_names_its_class_and_defaults(tmp_path):
-    DetectionImageProcessor().save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-
-    expected = {
-        "image_processor_type": "DetectionImageProcessor",
-        "size": {"shortest_edge": 800, "longest_edge": 1333},
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "resample": 2,
-        "format": "coco_detection",
-    }
-    assert {name: saved[name] for name in expected} == expected
-
-
-def test_arguments_of_loading_win(tmp_path):
-    DetectionImageProcessor().save_pretrained(tmp_path)
-    size = {"shortest_edge": 96, "longest_edge": 160}
-
-    assert DetectionImageProcessor.from_pretrained(tmp_path, size=size).size == size
-
-
 def test_input_names_are_those_of_the_models():
     assert DetectionImageProcessor().model_input_names == ["pixel_values", "pixel_mask"]
-
-
-# Written by transformers 4.x before image processors had their name.
-OLDEST_FILE = {
-    "do_normalize": True,
-    "do_resize": True,
-    "feature_extractor_type": "DetrFeatureExtractor",
-    "format": "coco_detection",
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "max_size": 1300,
-    "size": 750,
-}
-OLDER_FILE = {
-    "do_convert_annotations": None,
-    "do_pad": None,
-    "do_rescale": True,
-    "image_processor_type": "DetrImageProcessor",
-    "pad_and_return_pixel_mask": False,
-    "rescale_factor": 0.00392156862745098,
-    "resample": 2,
-    "size": {"longest_edge": 1333, "shortest_edge": 640},
-}
-
-
-def load(tmp_path, content):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    return DetectionImageProcessor.from_pretrained(tmp_path)
-
-
-def test_oldest_files_give_their_size(tmp_path):
-    assert load(tmp_path, OLDEST_FILE).size == {"shortest_edge": 750, "longest_edge": 1300}
-
-
-def test_old_names_are_not_saved_again(tmp_path):
-    processor = load(tmp_path, OLDEST_FILE)
-
-    assert {"max_size", "feature_extractor_type"}.isdisjoint(processor.to_dict())
-
-
-def test_older_files_give_their_settings(tmp_path):
-    processor = load(tmp_path, OLDER_FILE)
-
-    assert processor.size == {"shortest_edge": 640, "longest_edge": 1333}
-    assert processor.do_pad is False
-    assert processor.do_convert_annotations is True
-
-
-def test_old_name_of_padding_yields_to_the_new_one(tmp_path):
-    assert load(tmp_path, {**OLDER_FILE, "do_pad": True}).do_pad is True
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ({"size": 750}, {"shortest_edge": 750, "longest_edge": 1333}),
-        ({"max_size": 1000}, {"shortest_edge": 800, "longest_edge": 1000}),
-        (
-            {"size": {"shortest_edge": 600}, "max_size": 1000},
-            {"shortest_edge": 600, "longest_edge": 1000},
-        ),
-        (
-            {"size": {"shortest_edge": 600, "longest_edge": 900}, "max_size": 1000},
-            {"shortest_edge": 600, "longest_edge": 900},
-        ),
-        ({"size": {"height": 5, "width": 7}, "max_size": 9}, {"height": 5, "width": 7}),
-    ],
-)
-def test_size_and_max_size_join(content, expected):
-    assert DetectionImageProcessor(**content).size == expected
-
-
-def test_integer_size_of_a_call_is_the_short_side():
-    values = DetectionImageProcessor()(noise(10, 30), size=20, return_tensors="pt")["pixel_values"]
-
-    assert values.shape == (1, 3, 20, 60)
-
-
-def test_file_of_transformers_loads_with_its_settings(tmp_path):
-    DetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(tmp_path)
-
-    theirs, ours = (
-        kind.from_pretrained(tmp_path) for kind in (DetrImageProcessor, DetectionImageProcessor)
-    )
-
-    shared = set(theirs.to_dict()) & set(ours.to_dict()) - {"image_processor_type"}
-    assert {name: theirs.to_dict()[name] for name in shared} == {
-        name: ours.to_dict()[name] for name in shared
-    }
