@@ -63,7 +63,7 @@ def build_detector(library: str, variant: str, fields: dict[str, Any]) -> nn.Mod
     if library == "hf_querydet":
         return VARIANTS[variant].detector(VARIANTS[variant].config(**fields))
     fields = dict(fields)
-    fields.pop("query_position_std", None)  # theirs is always 1
+    fields.pop("position_embeddings_at", None)  # theirs are added in every attention
     stages = fields.pop("backbone_kwargs", {"out_indices": [2, 3, 4]})["out_indices"]
     backbone = transformers.TimmBackboneConfig(
         backbone=fields.pop("backbone"), out_indices=stages, use_pretrained_backbone=False

@@ -26,6 +26,11 @@ def sine_features(positions: Tensor, num_features: int, temperature: float = 100
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
+def add_positions(tokens: Tensor, position_embeddings: Tensor | None) -> Tensor:
+    """Tokens with their positions added; the tokens themselves if they hold them already (None)."""
+    return tokens if position_embeddings is None else tokens + position_embeddings
+
+
 class SinePositionEmbedding(nn.Module):
     """Fixed embedding of a cell's position within the picture's valid part.
 

@@ -7,6 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import FeedForward
+from hf_querydet.layers.position_embedding import add_positions
 
 
 class TransformerEncoderLayer(GradientCheckpointingLayer):
@@ -54,20 +55,20 @@ class TransformerEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: Tensor,
+        position_embeddings: Tensor | None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode tokens.
 
         Args:
             hidden_states: (batch, num_tokens, hidden_size).
-            position_embeddings: Broadcastable to the same shape.
+            position_embeddings: Broadcastable to the same shape; None if the tokens hold them.
             attention_mask: (batch, 1, 1, num_tokens), True = attend.
 
         Returns:
             Tokens of the same shape, and the attention weights if the implementation returns them.
         """
-        query_and_key = hidden_states + position_embeddings
+        query_and_key = add_positions(hidden_states, position_embeddings)
         update, weights = self.self_attention(
             query_and_key, query_and_key, hidden_states, attention_mask
         )

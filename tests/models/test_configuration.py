@@ -331,7 +331,10 @@ def test_older_file_with_a_backbone_name_is_read(tmp_path, backbone_kwargs):
             {"position_embedding_type": "rotary"},
             r"one of \('sine', 'learned'\), got 'rotary'",
         ),
-        ({"query_position_std": 0}, "query_position_std must be above 0, .* got 0"),
+        (
+            {"position_embeddings_at": "value"},
+            r"position_embeddings_at must be one of \('attention', 'input'\), got 'value'",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_are_an_error(options, message):

@@ -178,6 +178,35 @@ def test_decoder_content_starts_at_zero():
     assert not outputs.decoder_hidden_states[0].any()
 
 
+def test_positions_at_the_input_are_added_once():
+    config = DETRConfig(**SMALL, backbone_config=TINY_BACKBONE, position_embeddings_at="input")
+    model = perturb(DETRForObjectDetection(config)).eval().model
+    images = torch.randn(2, 3, 64, 96)
+    attended = []
+    for layer in (*model.encoder_layers, *model.decoder_layers):
+        layer.self_attention.register_forward_pre_hook(
+            lambda module, args: attended.append(args[:3])
+        )
+    for layer in model.decoder_layers:
+        layer.cross_attention.register_forward_pre_hook(
+            lambda module, args: attended.append((args[1], args[1], args[2]))
+        )
+
+    with torch.no_grad():
+        outputs = model(images, output_hidden_states=True)
+        ((features, _),) = model.backbone(images)
+        tokens = model.input_projection(features).flatten(2).transpose(1, 2)
+        positions = model.position_embedding(torch.zeros(1, 2, 3, dtype=torch.bool))
+
+    assert torch.equal(outputs.encoder_hidden_states[0], tokens + positions)
+    queries = model.query_position_embeddings.weight
+    assert torch.equal(outputs.decoder_hidden_states[0], queries.expand(2, -1, -1))
+    assert len(attended) == 2 + 2 * 3
+    for query, key, value in attended:
+        assert torch.equal(query, value)
+        assert torch.equal(key, value)
+
+
 def test_norm_of_the_heads_does_not_enter_the_next_layer():
     model = perturb(DETRForObjectDetection(DETRConfig(**SMALL, backbone_config=TINY_BACKBONE)))
     seen = []

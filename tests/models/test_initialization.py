@@ -108,13 +108,6 @@ def test_queries_are_standard_normal(model):
     assert kstest(values, norm.cdf).pvalue > 1e-3
 
 
-def test_queries_have_the_standard_deviation_that_is_asked_for():
-    model = DETRForObjectDetection(tiny_config(query_position_std=8.0))
-
-    values = model.model.query_position_embeddings.weight.detach().flatten().numpy()
-    assert kstest(values, norm(scale=8).cdf).pvalue > 1e-3
-
-
 def test_learned_positions_are_uniform_between_0_and_1(model):
     positions = model.model.position_embedding
     for table in (positions.row_embeddings, positions.column_embeddings):

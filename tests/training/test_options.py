@@ -90,7 +90,7 @@ def test_small_recipes_are_of_their_variants(name):
     assert set(recipe.model_fields) <= fields | {"backbone", "backbone_kwargs"}
     with torch.device("meta"):
         model = variant.detector(variant.config(num_labels=3, **recipe.model_fields))
-    assert model.config.num_queries == (300 if name == "detr" else 100)
+    assert model.config.num_queries == 100
     for part in recipe.slow_parameters:
         assert any(part in name for name, _ in model.named_parameters())
 

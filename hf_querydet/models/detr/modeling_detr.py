@@ -2,12 +2,11 @@
 
 A backbone, a transformer encoder over the cells of its last map, a decoder that turns learned
 object queries into objects, and two heads. Positions are added to query and key of every
-attention, never to the value.
+attention, never to the value; or once, to what encoder and decoder start from (Table 3).
 """
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
@@ -15,7 +14,11 @@ from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import MLP, FeedForward
-from hf_querydet.layers.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
+from hf_querydet.layers.position_embedding import (
+    LearnedPositionEmbedding,
+    SinePositionEmbedding,
+    add_positions,
+)
 from hf_querydet.layers.transformer import TransformerEncoderLayer
 from hf_querydet.losses import SoftmaxClassification
 from hf_querydet.modeling_utils import (
@@ -59,7 +62,7 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         object_queries: Tensor,
-        query_position_embeddings: Tensor,
+        query_position_embeddings: Tensor | None,
         memory: Tensor,
         memory_with_positions: Tensor,
         memory_mask: Tensor | None = None,
@@ -69,7 +72,7 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             object_queries: Content, (batch, num_queries, d_model).
-            query_position_embeddings: Same shape.
+            query_position_embeddings: Same shape; None if the content holds them.
             memory: (batch, num_tokens, d_model), the values.
             memory_with_positions: Same shape, the keys.
             memory_mask: (batch, 1, 1, num_tokens), True = attend.
@@ -80,11 +83,11 @@ class DETRDecoderLayer(GradientCheckpointingLayer):
             attention implementation returns them; the record of where they look, if wanted.
         """
         # Self-attention
-        query_and_key = object_queries + query_position_embeddings
+        query_and_key = add_positions(object_queries, query_position_embeddings)
         update, self_weights = self.self_attention(query_and_key, query_and_key, object_queries)
         object_queries = self.self_attention_norm(object_queries + self.dropout(update))
         # Attention to the picture
-        query = object_queries + query_position_embeddings
+        query = add_positions(object_queries, query_position_embeddings)
         update, cross_weights = self.cross_attention(
             query, memory_with_positions, memory, memory_mask
         )
@@ -103,15 +106,6 @@ class DETRPreTrainedModel(DetectorPreTrainedModel):
 
     config: DETRConfig
     _no_split_modules = ("Backbone", "TransformerEncoderLayer", "DETRDecoderLayer")
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """As :meth:`DetectorPreTrainedModel._init_weights`, with the configuration's queries."""
-        super()._init_weights(module)
-        std = self.config.query_position_std
-        # At 1 they are drawn already; a second draw would change all that a seed draws after it.
-        if isinstance(module, DETRModel) and std != 1:
-            init.normal_(module.query_position_embeddings.weight, std=std)
 
 
 class DETRModel(DETRPreTrainedModel):
@@ -187,6 +181,13 @@ class DETRModel(DETRPreTrainedModel):
             memory_mask = attention_mask_from_padding(padding_mask.flatten(1))
         memory = self.input_projection(features).flatten(2).transpose(1, 2)
         positions = positions.to(memory.dtype)
+        # Queries: content and position
+        query_positions = self.query_position_embeddings.weight.to(memory.dtype)
+        query_positions = query_positions.expand(memory.shape[0], -1, -1)
+        object_queries = torch.zeros_like(query_positions)
+        if self.config.position_embeddings_at == "input":
+            memory, positions = memory + positions, None
+            object_queries, query_positions = query_positions, None
 
         # Encoder
         encoder_states, encoder_attentions = [memory], []
@@ -195,11 +196,8 @@ class DETRModel(DETRPreTrainedModel):
             encoder_states.append(memory)
             encoder_attentions.append(weights)
 
-        # Decoder: content starts at zero, a query's identity is its position embedding
-        query_positions = self.query_position_embeddings.weight.to(memory.dtype)
-        query_positions = query_positions.expand(memory.shape[0], -1, -1)
-        object_queries = torch.zeros_like(query_positions)
-        memory_with_positions = memory + positions
+        # Decoder
+        memory_with_positions = add_positions(memory, positions)
         decoder_states, normed_states = [object_queries], []
         decoder_attentions, cross_attentions, layer_records = [], [], []
         record_shape = (1, *features.shape[-2:]) if output_recording else None
