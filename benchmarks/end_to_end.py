@@ -257,6 +257,8 @@ def measure_case(
     smaller: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """One size and batch of a variant; `smaller` is the case of its smallest batch."""
+    # All models share code whose number of compiled versions is limited; beyond it runs plainly.
+    torch.compiler.reset()
     models = build_models(variant, "resnet50" if min(size) >= 600 else "resnet18")
     case: dict[str, Any] = {}
     if "transformers" in models:
