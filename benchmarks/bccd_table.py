@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from measuring import markdown_table
 
 from hf_querydet import VARIANTS
 
@@ -37,12 +38,12 @@ def title(run: dict[str, Any]) -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    rows = [HEAD, ["---"] * len(HEAD)]
+    rows = []
     for run in runs:
         metrics = (f"{run['metrics'][name]:.3f}" for name in ("map", "map_50", "map_75"))
         numbers = [f"{run['parameters'] / 1e6:.1f} M", run["steps"], round(run["seconds"] / 60)]
         rows.append([title(run), *map(str, numbers), *metrics])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(HEAD, rows)
 
 
 def draw(runs: list[dict[str, Any]]) -> Figure:

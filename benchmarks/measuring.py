@@ -1,4 +1,4 @@
-"""Time, memory, and what a measured number depends on."""
+"""Time, memory, what a measured number depends on, and tables of such numbers."""
 
 import ctypes
 import gc
@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +181,8 @@ def print_case(title: str, results: dict[str, dict]) -> None:
             f"memory {result['peak_extra_mb']:8.1f} MB   {ratios}"
         )
     sys.stdout.flush()
+
+
+def markdown_table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
