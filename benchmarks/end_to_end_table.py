@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from end_to_end import MODES
 from measuring import markdown_table
 
-MODES = ["bf16", "compile", "bf16-compile"]
 KINDS = ["inference", "training step"]
 HEAD = ["detector", "pictures", "", "hf_querydet", "transformers", "times faster", "memory", *MODES]
 PARTS = {
