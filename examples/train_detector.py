@@ -21,7 +21,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    ProjectConfiguration,
+    disable_fsdp_ram_efficient_loading,
+    set_seed,
+)
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -66,6 +71,9 @@ class Run:
 
 
 def build_accelerator(options: argparse.Namespace) -> Accelerator:
+    # Meant for divided weights that one process reads for all; it fails at the statistics of norms,
+    # which are not divided.
+    disable_fsdp_ram_efficient_loading()
     accelerator = Accelerator(
         # Said in so many words, or several processes without a GPU would each train alone.
         cpu=not torch.accelerator.is_available(),
@@ -283,6 +291,7 @@ def train_one_epoch(run: Run, bar: Any) -> float:
             log(run, recent, meter)
             recent = []
         if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
+            training.average_statistics(accelerator, run.model)
             training.save_checkpoint(accelerator, options.output_dir, progress.step)
             meter.restart()
         if progress.step >= run.num_steps:
@@ -319,6 +328,7 @@ def hide_bar(accelerator: Accelerator) -> bool | None:
 def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
     """Evaluate and save; returns whether this is the best epoch so far."""
     result = {"epoch": run.progress.epoch + 1, "step": run.progress.step, "train_loss": loss}
+    training.average_statistics(run.accelerator, run.model)
     evaluator = None
     if run.eval_loader is not None:
         evaluator = CocoEvaluator(run.config.id2label)

@@ -134,6 +134,9 @@ class DetectorPreTrainedModel(PreTrainedModel):
         # is a choice for goes through `layers.attention.attend`.
         return True
 
+    def get_input_embeddings(self) -> None:
+        """None: pictures are looked up in no table. accelerate asks before it divides weights."""
+
     def set_training_progress(self, progress: float) -> None:
         """Say how much of a training run is done, before each optimizer step.
 

@@ -72,12 +72,14 @@ def environment(changes=None):
     }
 
 
-def launch_two_processes(words, changes=None):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+def launch_two_processes(words, changes=None, *, launcher=("--multi_gpu",), wrapper=None):
+    """Run the script in two processes, by `wrapper SCRIPT OPTIONS...` if there is a wrapper."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
     command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    scripts = [str(path) for path in (wrapper, SCRIPT) if path is not None]
     result = subprocess.run(
-        [*command, str(SCRIPT), *words],
+        [*command, *scripts, *words],
         capture_output=True,
         text=True,
         env=environment(changes),

@@ -1,6 +1,7 @@
 """What training loops share: optimizer settings, averages, checkpoints, pushing to the Hub."""
 
 from hf_querydet.file_writing import write_directory, write_json
+from hf_querydet.training.batch_statistics import average_statistics
 from hf_querydet.training.finite_loss import NonFiniteLossError, mean_loss_terms
 from hf_querydet.training.hub import HubError, HubRepository, prepare_repository
 from hf_querydet.training.optimization import learning_rate_schedule, parameter_groups
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteLossError",
     "ThroughputMeter",
     "TrainingProgress",
+    "average_statistics",
     "checkpoint_name",
     "fill_from_recipe",
     "learning_rate_schedule",

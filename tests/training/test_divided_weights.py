@@ -19,8 +19,6 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_querydet import VARIANTS
 
-# Sparse R-CNN's stages classify outside their forward, where their weights are divided.
-NAMES = [name for name in VARIANTS if name != "sparse_rcnn"]
 NO_DROPOUT = ("dropout", "attention_dropout", "activation_dropout")
 
 
@@ -44,7 +42,7 @@ def compare_losses(folder):
     # That outputs are views matters to those who change them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     results = {}
-    for name in NAMES:
+    for name in VARIANTS:
         torch.manual_seed(0)
         config = tiny_config(VARIANTS, name, backbone_norm="frozen")
         for field in NO_DROPOUT:
@@ -70,7 +68,7 @@ def test_divided_weights_have_the_losses_of_whole_ones(tmp_path):
     debug_launcher(compare_losses, args=(str(tmp_path),), num_processes=2)
 
     results = json.loads((tmp_path / "0.json").read_text())
-    assert list(results) == NAMES
+    assert list(results) == list(VARIANTS)
     for name, (divided, whole) in results.items():
         assert divided == pytest.approx(whole, rel=1e-4), name
         assert whole[0] != whole[-1]

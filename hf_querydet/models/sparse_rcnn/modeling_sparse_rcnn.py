@@ -164,7 +164,9 @@ class SparseRCNNPreTrainedModel(DetectorPreTrainedModel):
     """Base class of the Sparse R-CNN models."""
 
     config: SparseRCNNConfig
-    _no_split_modules = ("Backbone", "FeaturePyramid", "DynamicInstanceInteractiveHead")
+    # Of a stage only the part that has nearly all of its weights: what classifies runs outside the
+    # stage's forward, where weights that were divided with the stage are not gathered.
+    _no_split_modules = ("Backbone", "FeaturePyramid", "DynamicConvolution")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

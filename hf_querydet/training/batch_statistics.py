@@ -1,0 +1,22 @@
+"""Batch norm's statistics where several processes train."""
+
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+
+def average_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the mean of their statistics, where weights are divided (FSDP).
+
+    Every process sees other pictures, and its batch norms keep other statistics. DDP hands out the
+    first process's before each forward; FSDP lets them drift apart, and of what is saved a part
+    would be one process's and a part another's. So call this before evaluating and saving.
+
+    Args:
+        accelerator: That has prepared ``model``.
+        model: Its floating-point buffers are changed in place.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
