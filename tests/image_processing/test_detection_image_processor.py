@@ -276,7 +276,6 @@ def test_device_is_honoured():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu():
     arrays = [noise(31, 47), noise(90, 61), noise(31, 47, seed=1)]
     processor = DetectionImageProcessor(size=TINY)

@@ -423,7 +423,9 @@ def test_device_copies_to_the_host_once(classification):
     criterion = build(classification)
     criterion(predictions, labels)
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # acc_events: without it torch 2.11 warns that events of an earlier profile would be lost.
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         criterion(predictions, labels)
 
     copies = [event.name for event in profile.events() if "Memcpy DtoH" in event.name]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from tiny import (
     NUM_LABELS,
     TINY_CONFIGS,
@@ -284,14 +285,38 @@ def test_half_precision_model_has_a_float32_loss(name, dtype):
     assert outputs.loss.isfinite()
 
 
-def test_autocast_trains_with_a_float32_loss(name):
-    model = build(name).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = model(**tiny_batch(), labels=tiny_labels())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_autocast_trains_with_a_float32_loss(name, device):
+    model = build(name).to(device).train()
+    batch, labels = send_to_device((tiny_batch(), tiny_labels()), device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        outputs = model(**batch, labels=labels)
     outputs.loss.backward()
     assert outputs.logits.dtype == torch.bfloat16
     assert outputs.loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.cuda
+def test_gpu_has_the_loss_and_gradients_of_the_cpu(name):
+    # In double, all but the loss: the two sum in other orders.
+    model = perturb(build(name, **NO_DROPOUT)).double().train()
+    batch, labels = tiny_batch(), tiny_labels()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    on_gpu = copy.deepcopy(model).cuda()
+
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    gpu_loss = on_gpu(**send_to_device(batch, "cuda"), labels=send_to_device(labels, "cuda")).loss
+    gpu_loss.backward()
+
+    torch.testing.assert_close(gpu_loss.cpu(), loss)
+    expected, actual = (
+        torch.cat([p.grad.cpu().flatten() for p in each.parameters() if p.grad is not None])
+        for each in (model, on_gpu)
+    )
+    # Rounding the loss's input to float32 moves the gradients of all weights by 2e-6 of their norm.
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_half_precision_predictions_are_near_float32(name):
