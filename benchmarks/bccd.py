@@ -14,8 +14,8 @@ the learning rate follows it, so a faster variant takes more steps.
 `--library transformers` trains transformers' own class of the variant in the same way, on the same
 ResNet of timm, all of which is made trainable for it. `--tune` evaluates on every fifth training
 picture and trains on the others, for choosing settings without looking at the validation pictures.
-`--device cuda` is no yardstick: a run to stand beside it, with more steps, or larger pictures by
-`--recipe-fields '{"shortest_edge": 480, "longest_edge": 640}'`. The json names the GPU.
+`--device cuda --workers 2` is no yardstick: a run to stand beside it, with more steps, or larger
+pictures by `--recipe-fields '{"shortest_edge": 480, "longest_edge": 640}'`. The json names the GPU.
 """
 
 import argparse
@@ -48,8 +48,6 @@ from hf_querydet.training import parameter_groups
 
 # In the course of a run, for the curve; the last one is the result.
 EVALUATIONS = 10
-# Processes that prepare pictures for a GPU. On a CPU they would take time from training.
-GPU_WORKERS = 8
 # transformers' classes of the same variants; the other four exist in no other library of its kind.
 PEERS = {
     "detr": "Detr",
@@ -227,6 +225,12 @@ def main() -> None:
         help="""other settings of training, json: '{"learning_rate": 1e-4}'""",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that prepare pictures for a GPU; on a CPU they take time from training",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="keep away from the validation data")
     parser.add_argument("--note", default="", help="kept in the json: what else the machine did")
@@ -256,7 +260,8 @@ def main() -> None:
     loading = {
         "batch_size": recipe.batch_size,
         "collate_fn": DetectionCollator(processor),
-        "num_workers": GPU_WORKERS if options.device == "cuda" else 0,
+        "num_workers": options.workers,
+        "persistent_workers": options.workers > 0,
     }
     train_loader = DataLoader(
         train_data.with_processor(processor, DetectionAugmentation(processor)),
