@@ -1,7 +1,8 @@
 """Whole detectors, from pictures to boxes and from a batch to a step, beside transformers'.
 
     python benchmarks/end_to_end.py [--variants detr ...] [--sizes 800x1066 320x426]
-        [--batch-sizes 1 4] [--modes bf16 compile bf16-compile] [--rounds 5] [--output FILE.json]
+        [--batch-sizes 1 4] [--modes bf16 compile bf16-compile] [--kinds inference "training step"]
+        [--rounds 5] [--output FILE.json]
 
 Where transformers has the detector, both libraries run the same weights: its model is saved and
 loaded here, and its detections on a padded batch are compared first. Inference is forward under
@@ -15,8 +16,9 @@ without matching, backward, optimizer.
 
 What would need more memory than the machine has, by its peak with the smallest batch, is left out.
 
-A mode is another way to run ours: autocast to bfloat16, `torch.compile`, or both. Training is
-measured in the plain mode and in bf16.
+A mode is another way to run ours: autocast to bfloat16, `torch.compile`, or both. In training,
+what leads to the predictions is compiled; matching reads costs on the host. `--kinds
+"training step"` measures no inference.
 
 The backbone is ResNet-50 at 600 pixels and more and ResNet-18 below, from random weights, with
 frozen batch norm as for pretrained ones.
@@ -57,6 +59,7 @@ PEERS = {
     "conditional_detr": "ConditionalDetr",
 }
 MODES = ["bf16", "compile", "bf16-compile"]
+INFERENCE, TRAINING = KINDS = ("inference", "training step")
 STAGES = {"detr": [4], "conditional_detr": [4], "deformable_detr": [2, 3, 4]}
 NUM_LABELS = 91
 OBJECTS_PER_PICTURE = 10
@@ -146,6 +149,8 @@ def training_step(
     mode: str = "",
     clock: "Clock | None" = None,
 ) -> Callable[[], None]:
+    if "compile" in mode:
+        model.model.compile()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-6)
     clock = clock or Clock()
@@ -252,13 +257,10 @@ def measure_case(
     variant: str,
     size: tuple[int, int],
     batch_size: int,
-    modes: list[str],
-    rounds: int,
+    options: argparse.Namespace,
     smaller: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """One size and batch of a variant; `smaller` is the case of its smallest batch."""
-    # All models share code whose number of compiled versions is limited; beyond it runs plainly.
-    torch.compiler.reset()
     models = build_models(variant, "resnet50" if min(size) >= 600 else "resnet18")
     case: dict[str, Any] = {}
     if "transformers" in models:
@@ -269,27 +271,33 @@ def measure_case(
     ours = models["hf_querydet"]
     batch, labels = make_batch(batch_size, *size, padded=False), make_labels(batch_size)
 
-    runs = {name: inference(model.eval(), batch) for name, model in models.items()}
-    runs |= {mode: inference(ours, batch, mode) for mode in modes}
-    case["inference"] = measure(runs, rounds)
-    case["inference"]["parts"] = inference_parts(variant, ours, size, batch_size, rounds)
+    if INFERENCE in options.kinds:
+        # All models share code whose number of compiled versions is limited; beyond it runs
+        # plainly.
+        torch.compiler.reset()
+        runs = {name: inference(model.eval(), batch) for name, model in models.items()}
+        runs |= {mode: inference(ours, batch, mode) for mode in options.modes}
+        case[INFERENCE] = measure(runs, options.rounds)
+        case[INFERENCE]["parts"] = inference_parts(variant, ours, size, batch_size, options.rounds)
 
-    for model in models.values():
-        model.config.auxiliary_loss = True
-    runs = {
-        name: training_step(copy.deepcopy(model).train(), batch, labels)
-        for name, model in models.items()
-    }
-    if "bf16" in modes:
-        runs["bf16"] = training_step(copy.deepcopy(ours).train(), batch, labels, "bf16")
-    if smaller is not None:
-        growth = batch_size / smaller["batch_size"]
-        peaks = smaller["training step"]["peak_mb"]
-        too_large = [name for name in runs if growth * peaks[name] * 1e6 > available_bytes()]
-        case["left out of training"] = too_large
-        runs = {name: run for name, run in runs.items() if name not in too_large}
-    case["training step"] = measure(runs, rounds)
-    case["training step"]["parts"] = training_parts(ours, batch, labels, rounds)
+    if TRAINING in options.kinds:
+        torch.compiler.reset()
+        for model in models.values():
+            model.config.auxiliary_loss = True
+        copies = {name: copy.deepcopy(model).train() for name, model in models.items()}
+        runs = {name: training_step(model, batch, labels) for name, model in copies.items()}
+        runs |= {
+            mode: training_step(copy.deepcopy(ours).train(), batch, labels, mode)
+            for mode in options.modes
+        }
+        if smaller is not None:
+            growth = batch_size / smaller["batch_size"]
+            peaks = smaller[TRAINING]["peak_mb"]
+            too_large = [name for name in runs if growth * peaks[name] * 1e6 > available_bytes()]
+            case["left out of training"] = too_large
+            runs = {name: run for name, run in runs.items() if name not in too_large}
+        case[TRAINING] = measure(runs, options.rounds)
+        case[TRAINING]["parts"] = training_parts(ours, batch, labels, options.rounds)
     return case
 
 
@@ -315,6 +323,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["800x1066", "320x426"], help="HxW")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--modes", nargs="+", default=[], choices=MODES)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--note", default="", help="kept in the json: what else the machine did")
     parser.add_argument("--output", type=Path, help="json with all numbers")
@@ -332,14 +341,12 @@ def main() -> None:
             smaller = None
             for batch_size in sorted(options.batch_sizes):
                 case = {"variant": variant, "size": size, "batch_size": batch_size}
-                case |= measure_case(
-                    variant, (height, width), batch_size, options.modes, options.rounds, smaller
-                )
+                case |= measure_case(variant, (height, width), batch_size, options, smaller)
                 smaller = smaller or case
                 report["cases"].append(case)
                 print(f"\n{variant}, {size}, batch of {batch_size}")
-                for title in ("inference", "training step"):
-                    print_result(title, case[title])
+                for kind in options.kinds:
+                    print_result(kind, case[kind])
                 if options.output:  # after every case: a stopped run keeps what it has
                     options.output.write_text(json.dumps(report, indent=2) + "\n")
 

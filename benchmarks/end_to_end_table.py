@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from end_to_end import MODES
+from end_to_end import INFERENCE, KINDS, MODES, TRAINING
 from measuring import markdown_table
 
-KINDS = ["inference", "training step"]
 HEAD = ["detector", "pictures", "", "hf_querydet", "transformers", "times faster", "memory", *MODES]
 PARTS = {
-    "inference": ["processor", "backbone", "rest of the model", "post-processing"],
-    "training step": ["forward", "matching", "loss", "backward", "optimizer"],
+    INFERENCE: ["processor", "backbone", "rest of the model", "post-processing"],
+    TRAINING: ["forward", "matching", "loss", "backward", "optimizer"],
 }
 
 
@@ -35,6 +34,8 @@ def comparison(cases: list[dict[str, Any]]) -> Iterable[list[str]]:
     """A row per case and kind; empty cells where there is nothing to compare with."""
     for case in cases:
         for kind in KINDS:
+            if kind not in case:
+                continue
             result = case[kind]
             seconds, ratios = result["seconds"], result["times_faster_than"]
             row = [milliseconds(seconds.get(name)) for name in ("hf_querydet", "transformers")]
@@ -51,7 +52,11 @@ def comparison(cases: list[dict[str, Any]]) -> Iterable[list[str]]:
 
 def parts(cases: list[dict[str, Any]]) -> Iterable[list[str]]:
     for case in cases:
-        values = (case[kind]["parts"][name] for kind in KINDS for name in PARTS[kind])
+        values = (
+            case[kind]["parts"][name] if kind in case else None
+            for kind in KINDS
+            for name in PARTS[kind]
+        )
         yield [*title(case), *map(milliseconds, values)]
 
 
@@ -62,7 +67,7 @@ def main() -> None:
     cases = [case for path in options.results for case in json.loads(path.read_text())["cases"]]
     print(markdown_table(HEAD, comparison(cases)))
     print()
-    all_parts = [*PARTS["inference"], *PARTS["training step"]]
+    all_parts = [*PARTS[INFERENCE], *PARTS[TRAINING]]
     print(markdown_table(["detector", "pictures", *all_parts], parts(cases)))
 
 
