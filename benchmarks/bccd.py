@@ -137,11 +137,13 @@ def train(
     recipe: SmallRecipe,
     options: argparse.Namespace,
     evaluate_model: Callable[[], dict[str, Any]],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Train until the budget is used.
 
     Returns:
-        Steps, seconds, the metrics at the end, the curve of the loss, and of AP.
+        Steps, seconds, the metrics at the end, the curve of the loss, and of AP. `keep` gets the
+        same after each evaluation.
     """
     groups = parameter_groups_of(model, recipe)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
@@ -157,18 +159,20 @@ def train(
                 with clock.paused():
                     metrics = evaluate_model()
                     model.train()
-                point = {name: metrics[name] for name in ("map", "map_50")}
-                ap_curve.append({"step": step, "seconds": seconds} | point)
-                print(f"{step:6d} steps  AP {metrics['map']:.3f}  AP50 {metrics['map_50']:.3f}")
-            if progress >= 1:
-                return {
-                    "steps": step,
-                    "seconds": seconds,
-                    "processor_seconds": processor_seconds,
-                    "metrics": metrics,
-                    "ap_curve": ap_curve,
-                    "loss_curve": loss_curve,
-                }
+                    point = {name: metrics[name] for name in ("map", "map_50")}
+                    ap_curve.append({"step": step, "seconds": seconds} | point)
+                    print(f"{step:6d} steps  AP {metrics['map']:.3f}  AP50 {metrics['map_50']:.3f}")
+                    run = {
+                        "steps": step,
+                        "seconds": seconds,
+                        "processor_seconds": processor_seconds,
+                        "metrics": metrics,
+                        "ap_curve": ap_curve,
+                        "loss_curve": loss_curve,
+                    }
+                    keep(run)
+                if progress >= 1:
+                    return run
             if isinstance(model, DetectorPreTrainedModel):
                 model.set_training_progress(progress)
             factor = learning_rate_factor(progress, recipe.warmup_fraction)
@@ -271,13 +275,6 @@ def main() -> None:
     )
     eval_loader = DataLoader(eval_data.with_processor(processor), **loading)
 
-    run = train(
-        model,
-        train_loader,
-        recipe,
-        options,
-        lambda: evaluate(model, processor, eval_loader, id2label),
-    )
     report = {
         # The directory is a matter of the machine.
         "command": shlex.join(["python", *sys.argv]).replace(options.data, "DIRECTORY"),
@@ -289,12 +286,24 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "evaluated_on": "every fifth training picture" if options.tune else "validation",
         "pictures": {"train": len(train_data), "evaluation": len(eval_data)},
-        **run,
     }
+    # A run that is stopped leaves what it had by its last evaluation, under this name.
+    partial = options.output and options.output.with_suffix(".partial")
+
+    def keep(run: dict[str, Any]) -> None:
+        if partial:
+            partial.write_text(json.dumps(report | run, indent=2) + "\n")
+
+    run = train(
+        model,
+        train_loader,
+        recipe,
+        options,
+        lambda: evaluate(model, processor, eval_loader, id2label),
+        keep,
+    )
     print(format_table(run["metrics"]))
-    if options.output:
-        partial = options.output.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=2) + "\n")
+    if partial:
         os.replace(partial, options.output)
 
 
