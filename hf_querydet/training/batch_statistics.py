@@ -13,10 +13,11 @@ def average_statistics(accelerator: Accelerator, model: nn.Module) -> None:
 
     Args:
         accelerator: That has prepared ``model``.
-        model: Its floating-point buffers are changed in place.
+        model: Statistics of its batch norms are changed in place; frozen norms stay as they are.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for statistic in (module.running_mean, module.running_var):
+                statistic.copy_(accelerator.reduce(statistic, reduction="mean"))
