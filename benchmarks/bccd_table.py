@@ -33,7 +33,7 @@ def read_runs(results: Path) -> list[dict[str, Any]]:
 
 
 def title(run: dict[str, Any]) -> str:
-    name = VARIANTS[run["variant"]].detector.__name__.removesuffix("ForObjectDetection")
+    name = run["variant"]
     return name if run["library"] == "hf_querydet" else f"{name} of transformers"
 
 
@@ -73,8 +73,7 @@ def main() -> None:
     runs = read_runs(options.results)
     print(table(runs))
     if options.figure:
-        # Runs from before curves were kept have none.
-        draw([run for run in runs if "ap_curve" in run]).savefig(options.figure, dpi=100)
+        draw(runs).savefig(options.figure, dpi=100)
 
 
 if __name__ == "__main__":
