@@ -7,13 +7,14 @@ benchmarks/results are those of BCCD's blood cells (205 and 87 pictures, 3 class
 
 Detector and settings are those of the small recipe (`hf_querydet/models/VARIANT/recipe.py`,
 `--recipe small` of the training script): ResNet-18, 128 channels, 3 encoder layers where the
-variant has an encoder, 3 decoder layers (Efficient DETR 1), 100 queries (DETR 300), pictures of
+variant has an encoder (DETR none), 3 decoder layers (Efficient DETR 1), 100 queries, pictures of
 256x192, batches of 8, the papers' augmentation, AdamW. The clock counts training, not evaluation;
 the learning rate follows it, so a faster variant takes more steps.
 
 `--library transformers` trains transformers' own class of the variant in the same way, on the same
-ResNet of timm, all of which is made trainable for it. `--tune` evaluates on every fifth training
-picture and trains on the others, for choosing settings without looking at the validation pictures.
+ResNet of timm, all of which is made trainable for it; its DETR has positions in every attention.
+`--tune` evaluates on every fifth training picture and trains on the others, for choosing settings
+without looking at the validation pictures.
 `--device cuda --workers 2` is no yardstick: a run to stand beside it, with more steps, or larger
 pictures by `--recipe-fields '{"shortest_edge": 480, "longest_edge": 640}'`. The json names the GPU.
 """
@@ -61,7 +62,6 @@ def build_detector(library: str, variant: str, fields: dict[str, Any]) -> nn.Mod
     if library == "hf_querydet":
         return VARIANTS[variant].detector(VARIANTS[variant].config(**fields))
     fields = dict(fields)
-    fields.pop("position_embeddings_at", None)  # theirs are added in every attention
     stages = fields.pop("backbone_kwargs", {"out_indices": [2, 3, 4]})["out_indices"]
     backbone = transformers.TimmBackboneConfig(
         backbone=fields.pop("backbone"), out_indices=stages, use_pretrained_backbone=False
@@ -245,6 +245,8 @@ def main() -> None:
     variant = VARIANTS[options.variant]
     recipe = dataclasses.replace(variant.small_recipe, **options.recipe_fields)
     fields = {**recipe.model_fields, **options.model_fields}
+    if options.library == "transformers":
+        fields.pop("position_embeddings_at", None)  # theirs are added in every attention
 
     set_seed(options.seed)
     train_data = load_detection_dataset(options.data, split="train")
