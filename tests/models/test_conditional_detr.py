@@ -604,6 +604,26 @@ def test_reference_points_on_the_border_train_with_finite_numbers():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_compiled_model_trains_under_autocast_to_bfloat16():
+    """Where two biases have one gradient, PyTorch 2.14 writes C++ that does not compile."""
+    torch.compiler.reset()
+    model = build(encoder_layers=0, decoder_layers=1, dropout=0.0, attention_dropout=0.0).train()
+    batch, labels = tiny_batch(), tiny_labels()
+
+    def gradient(dtype):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**batch, labels=labels).loss
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, plain = gradient(torch.float32), gradient(torch.bfloat16)
+    model.model.compile()
+    compiled = gradient(torch.bfloat16)
+    # Both round to 8 bits, but not in the same places.
+    assert (compiled - exact).norm() < 1.5 * (plain - exact).norm() < 0.3 * exact.norm()
+
+
 # ---- configuration and recipe --------------------------------------------------------------------
 
 

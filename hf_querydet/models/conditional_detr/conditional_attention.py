@@ -12,6 +12,28 @@ from hf_querydet.layers.attention import attend
 from hf_querydet.recording import DotProductRecord
 
 
+def add_linear(
+    first_layer: nn.Linear, first: Tensor, second_layer: nn.Linear, second: Tensor
+) -> Tensor:
+    """The sum of two linear layers' outputs, biases added before they meet the tokens.
+
+    Added after, both biases have the same gradient, one sum over all tokens that is kept twice, for
+    which PyTorch 2.14's compiler writes C++ that no compiler takes (bfloat16 on CPUs).
+
+    Args:
+        first_layer: Of the same output size as ``second_layer``.
+        first: (..., input size of ``first_layer``).
+        second_layer: The other layer.
+        second: (..., input size of ``second_layer``), of the same leading sizes.
+
+    Returns:
+        (..., output size).
+    """
+    bias = first_layer.bias + second_layer.bias
+    output = nn.functional.linear(first, first_layer.weight, bias)
+    return output + nn.functional.linear(second, second_layer.weight)
+
+
 class ConditionalSelfAttention(nn.Module):
     """Self-attention among queries, with projections for content and for position.
 
@@ -48,10 +70,9 @@ class ConditionalSelfAttention(nn.Module):
         Returns:
             (batch, num_queries, hidden_size), and the weights of :func:`attend`.
         """
-        query = self.q_content_proj(object_queries) + self.q_position_proj(
-            query_position_embeddings
-        )
-        key = self.k_content_proj(object_queries) + self.k_position_proj(query_position_embeddings)
+        content, positions = object_queries, query_position_embeddings
+        query = add_linear(self.q_content_proj, content, self.q_position_proj, positions)
+        key = add_linear(self.k_content_proj, content, self.k_position_proj, positions)
         value = self.v_proj(object_queries)
         heads = (self.num_heads, -1)
         output, weights = attend(
@@ -140,11 +161,17 @@ class ConditionalCrossAttention(nn.Module):
             (batch, num_queries, heads, 2 * head_size) and (batch, num_tokens, heads, 2 *
             head_size), in each head first the content part, then the spatial part.
         """
-        query_content = self.q_content_proj(object_queries)
         key_content = self.k_content_proj(memory)
         key_spatial = self.k_position_proj(memory_positions).expand_as(key_content)
-        if self.q_position_proj is not None:
-            query_content = query_content + self.q_position_proj(query_position_embeddings)
+        if self.q_position_proj is None:
+            query_content = self.q_content_proj(object_queries)
+        else:
+            query_content = add_linear(
+                self.q_content_proj,
+                object_queries,
+                self.q_position_proj,
+                query_position_embeddings,
+            )
             key_content = key_content + key_spatial
         return (
             self._side_by_side(query_content, self.q_spatial_proj(spatial_queries)),
