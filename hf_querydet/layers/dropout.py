@@ -65,14 +65,15 @@ class _ReluDropout(torch.autograd.Function):
 
 
 def _draws_itself(values: Tensor, p: float) -> bool:
-    """Where torch's own kernel is slow. Compilers write their own."""
-    return values.device.type == "cpu" and p < 1 and not torch.compiler.is_compiling()
+    """Where torch's own kernel is slow, and so is what its compiler makes of it."""
+    return values.device.type == "cpu" and p < 1
 
 
 def _random_mask(values: Tensor, p: float) -> Tensor:
     """Bool, of the shape of values, True with probability p."""
-    lowest = torch.iinfo(torch.int64).min
-    words = torch.empty(-(-values.numel() * BITS // 64), dtype=torch.int64).random_(lowest, None)
+    int64 = torch.iinfo(torch.int64)
+    num_words = -(-values.numel() * BITS // 64)
+    words = torch.randint(int64.min, int64.max, (num_words,), device=values.device)
     bits = words.view(torch.int16)[: values.numel()].view(values.shape)
     # Integers of 16 bits run from -2**15 to 2**15 - 1.
     return bits < min(round(p * 2**BITS), 2**BITS - 1) - 2 ** (BITS - 1)
