@@ -1,6 +1,6 @@
-"""The encoder and decoder layer that Deformable DETR and Efficient DETR share."""
+"""The encoder, and the decoder layer, that Deformable DETR and Efficient DETR share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -9,7 +9,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
 from hf_querydet.layers.dropout import Dropout
+from hf_querydet.layers.feature_levels import reference_grid
 from hf_querydet.layers.feed_forward import FeedForward
+from hf_querydet.layers.projection import LevelFeatures
 
 
 class DeformableTransformerEncoderLayer(GradientCheckpointingLayer):
@@ -87,6 +89,41 @@ class DeformableTransformerEncoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = self.self_attention_norm(hidden_states + self.dropout(update))
         return self.feed_forward(hidden_states), weights
+
+
+def encode_levels(
+    layers: Iterable[DeformableTransformerEncoderLayer],
+    features: LevelFeatures,
+    *,
+    keep_states: bool,
+    keep_weights: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run the encoder.
+
+    With thousands of tokens, states and weights fill the memory; they are kept for who asks.
+
+    Args:
+        layers: In their order.
+        features: Tokens of all levels, and where they are.
+        keep_states: Return the tokens before and after each layer.
+        keep_weights: Return the attention weights of each layer.
+
+    Returns:
+        The memory, (batch, num_tokens, hidden_size); the states, and the weights, each an empty
+        list if it is not kept.
+    """
+    memory = features.tokens
+    states, all_weights = [memory] if keep_states else [], []
+    grid = reference_grid(features.spatial_shapes, features.valid_ratios)
+    for layer in layers:
+        memory, weights = layer(
+            memory, features.positions, grid, features.spatial_shapes, features.padding_mask
+        )
+        if keep_states:
+            states.append(memory)
+        if keep_weights:
+            all_weights.append(weights)
+    return memory, states, all_weights
 
 
 class DeformableTransformerDecoderLayer(GradientCheckpointingLayer):

@@ -1,4 +1,4 @@
-"""From the maps of a backbone to feature levels of one width."""
+"""From the maps of a backbone to tokens of one width: of one map, or of several feature levels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_querydet.layers.attention import attention_mask_from_padding
 from hf_querydet.layers.backbone import resize_padding_mask
 from hf_querydet.layers.feature_levels import flatten_levels, level_valid_ratios
 
 NUM_GROUPS = 32  # of the authors
+
+
+@dataclass(frozen=True)
+class MapFeatures:
+    """One feature map of a batch as a sequence, ready for a transformer encoder.
+
+    Attributes:
+        tokens: (batch, num_tokens, hidden_size).
+        positions: Embeddings of their places, the same shape or with a batch of 1.
+        attention_mask: (batch, 1, 1, num_tokens), True = attend; None if nothing is padded.
+        map_size: (height, width) of the map.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    attention_mask: Tensor | None
+    map_size: tuple[int, int]
+
+
+def project_map(
+    stage: tuple[Tensor, Tensor | None],
+    projection: nn.Conv2d,
+    position_embedding: Callable[[Tensor], Tensor],
+) -> MapFeatures:
+    """Turn one map of a backbone into tokens.
+
+    DETR (arXiv:2005.12872), Sec. 3.2, "Transformer encoder".
+
+    Args:
+        stage: Of the backbone, a map (batch, channels, height, width) and its padding mask
+            (batch, height, width), which is None if nothing is padded.
+        projection: 1x1, to hidden_size channels.
+        position_embedding: From a padding mask to (batch, height * width, hidden_size).
+    """
+    features, padding_mask = stage
+    if padding_mask is None:
+        attention_mask = None
+        padding_mask = torch.zeros_like(features[:1, 0], dtype=torch.bool)
+    else:
+        attention_mask = attention_mask_from_padding(padding_mask.flatten(1))
+    tokens = projection(features).flatten(2).transpose(1, 2)
+    positions = position_embedding(padding_mask).to(tokens.dtype)
+    return MapFeatures(tokens, positions, attention_mask, tuple(features.shape[-2:]))
 
 
 class FeatureProjection(nn.Module):

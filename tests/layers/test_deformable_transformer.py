@@ -1,10 +1,14 @@
+import pytest
 import torch
 from transformers import PreTrainedConfig
 
 from hf_querydet.layers.deformable_transformer import (
     DeformableTransformerDecoderLayer,
     DeformableTransformerEncoderLayer,
+    encode_levels,
 )
+from hf_querydet.layers.feature_levels import reference_grid
+from hf_querydet.layers.projection import LevelFeatures
 
 SHAPES = [(3, 4), (2, 1)]
 
@@ -46,6 +50,28 @@ def test_layer_is_attention_then_feed_forward_with_positions_on_the_query_only()
 
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(weights, expected_weights)
+
+
+@pytest.mark.parametrize("keep_states", [False, True])
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_encoder_is_its_layers_in_turn_and_keeps_what_is_asked_for(keep_states, keep_weights):
+    layers = [make_layer(), make_layer()]
+    tokens, positions, _, shapes, padding_mask = make_inputs()
+    ratios = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.5, 0.67], [1.0, 0.5]]])
+    grid = reference_grid(shapes, ratios)
+    middle, first_weights = layers[0](tokens, positions, grid, shapes, padding_mask)
+    expected, last_weights = layers[1](middle, positions, grid, shapes, padding_mask)
+
+    memory, states, weights = encode_levels(
+        layers,
+        LevelFeatures(tokens, positions, padding_mask, shapes, ratios),
+        keep_states=keep_states,
+        keep_weights=keep_weights,
+    )
+
+    torch.testing.assert_close(memory, expected)
+    torch.testing.assert_close(states, [tokens, middle, expected] if keep_states else [])
+    torch.testing.assert_close(weights, [first_weights, last_weights] if keep_weights else [])
 
 
 def test_padding_is_not_sampled():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_querydet.layers.projection import FeatureProjection, project_features
+from hf_querydet.layers.projection import FeatureProjection, project_features, project_map
 
 CHANNELS = [3, 5, 6]
 SIZES = [(9, 14), (5, 7), (3, 4)]
@@ -110,3 +110,33 @@ def test_features_without_padding_have_no_mask():
     assert features.padding_mask is None
     torch.testing.assert_close(features.valid_ratios, torch.ones(2, 4, 2))
     assert features.positions.shape == (1, features.tokens.shape[1], 64)
+
+
+def test_tokens_of_one_map_are_its_cells_with_place_and_mask():
+    projection = torch.nn.Conv2d(3, 64, kernel_size=1)
+    features, padding_mask = torch.randn(2, 3, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool)
+    padding_mask[1, 2:] = padding_mask[1, :, 1:] = True
+    output = project_map((features, padding_mask), projection, add_ramp)
+    assert output.map_size == (3, 4)
+    assert output.tokens.shape == (2, 12, 64)
+    for row in range(3):
+        for column in range(4):
+            token, padded = 4 * row + column, padding_mask[:, row, column]
+            expected = features[:, :, row, column] @ projection.weight[:, :, 0, 0].T
+            torch.testing.assert_close(output.tokens[:, token], expected + projection.bias)
+            place = (token + 100.0 * padded)[:, None].expand(-1, 64)
+            torch.testing.assert_close(output.positions[:, token], place)
+            assert torch.equal(output.attention_mask[:, 0, 0, token], ~padded)
+
+
+def test_one_map_without_padding_has_no_mask_and_one_set_of_positions():
+    projection = torch.nn.Conv2d(3, 64, kernel_size=1)
+    output = project_map((torch.randn(2, 3, 3, 4), None), projection, add_ramp)
+    assert output.attention_mask is None
+    torch.testing.assert_close(output.positions, add_ramp(torch.zeros(1, 3, 4)))
+
+
+def test_positions_of_one_map_have_the_type_of_its_tokens():
+    projection = torch.nn.Conv2d(3, 64, kernel_size=1).to(torch.float64)
+    features = torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    assert project_map((features, None), projection, add_ramp).positions.dtype == torch.float64

@@ -21,7 +21,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
-from hf_querydet.layers.attention import attention_mask_from_padding
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import MLP, FeedForward
@@ -31,6 +30,7 @@ from hf_querydet.layers.position_embedding import (
     SinePositionEmbedding,
     sine_features,
 )
+from hf_querydet.layers.projection import project_map
 from hf_querydet.layers.transformer import TransformerEncoderLayer
 from hf_querydet.losses import FocalClassification
 from hf_querydet.modeling_utils import (
@@ -257,15 +257,13 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         # Features: (batch, channels, h, w) to tokens (batch, h * w, d_model)
-        features, padding_mask = self.backbone(pixel_values, pixel_mask)[-1]
-        if padding_mask is None:
-            no_padding = torch.zeros_like(features[:1, 0], dtype=torch.bool)
-            positions, memory_mask = self.position_embedding(no_padding), None
-        else:
-            positions = self.position_embedding(padding_mask)
-            memory_mask = attention_mask_from_padding(padding_mask.flatten(1))
-        memory = self.input_projection(features).flatten(2).transpose(1, 2)
-        positions = positions.to(memory.dtype)
+        features = project_map(
+            self.backbone(pixel_values, pixel_mask)[-1],
+            self.input_projection,
+            self.position_embedding,
+        )
+        memory, positions = features.tokens, features.positions
+        memory_mask = features.attention_mask
 
         # Encoder
         encoder_states, encoder_attentions = [memory], []
@@ -285,7 +283,7 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
         # Decoder
         decoder_states, normed_states = [object_queries], []
         decoder_attentions, cross_attentions, layer_records = [], [], []
-        record_shape = (1, *features.shape[-2:]) if output_recording else None
+        record_shape = (1, *features.map_size) if output_recording else None
         for index, layer in enumerate(self.decoder_layers):
             # The condition. The first layer's queries have found nothing yet that could scale it.
             spatial_queries = point_embeddings

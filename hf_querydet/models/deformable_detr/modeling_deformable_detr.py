@@ -25,9 +25,10 @@ from hf_querydet.layers.deformable_attention import (
 from hf_querydet.layers.deformable_transformer import (
     DeformableTransformerDecoderLayer,
     DeformableTransformerEncoderLayer,
+    encode_levels,
 )
 from hf_querydet.layers.detection_head import DetectionHead
-from hf_querydet.layers.feature_levels import encoder_proposals, reference_grid
+from hf_querydet.layers.feature_levels import encoder_proposals
 from hf_querydet.layers.initialization import (
     init_box_head,
     init_deformable_attention,
@@ -309,16 +310,12 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
         padding_mask = features.padding_mask
 
         # Encoder
-        memory = features.tokens
-        encoder_states, encoder_attentions = [memory], []
-        grid = reference_grid(spatial_shapes, valid_ratios)
-        for layer in self.encoder_layers:
-            memory, weights = layer(memory, features.positions, grid, spatial_shapes, padding_mask)
-            # What nobody asks for is not kept: with thousands of tokens it fills the memory.
-            if output_hidden_states:
-                encoder_states.append(memory)
-            if output_attentions:
-                encoder_attentions.append(weights)
+        memory, encoder_states, encoder_attentions = encode_levels(
+            self.encoder_layers,
+            features,
+            keep_states=output_hidden_states,
+            keep_weights=output_attentions,
+        )
 
         # Queries and their references
         encoder_predictions, points, boxes = None, None, None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
-from hf_querydet.layers.attention import MultiHeadAttention, attention_mask_from_padding
+from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feed_forward import MLP, FeedForward
@@ -19,6 +19,7 @@ from hf_querydet.layers.position_embedding import (
     SinePositionEmbedding,
     add_positions,
 )
+from hf_querydet.layers.projection import project_map
 from hf_querydet.layers.transformer import TransformerEncoderLayer
 from hf_querydet.losses import SoftmaxClassification
 from hf_querydet.modeling_utils import (
@@ -172,15 +173,13 @@ class DETRModel(DETRPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         # Features: (batch, channels, h, w) to tokens (batch, h * w, d_model)
-        features, padding_mask = self.backbone(pixel_values, pixel_mask)[-1]
-        if padding_mask is None:
-            no_padding = torch.zeros_like(features[:1, 0], dtype=torch.bool)
-            positions, memory_mask = self.position_embedding(no_padding), None
-        else:
-            positions = self.position_embedding(padding_mask)
-            memory_mask = attention_mask_from_padding(padding_mask.flatten(1))
-        memory = self.input_projection(features).flatten(2).transpose(1, 2)
-        positions = positions.to(memory.dtype)
+        features = project_map(
+            self.backbone(pixel_values, pixel_mask)[-1],
+            self.input_projection,
+            self.position_embedding,
+        )
+        memory, positions = features.tokens, features.positions
+        memory_mask = features.attention_mask
         # Queries: content and position
         query_positions = self.query_position_embeddings.weight.to(memory.dtype)
         query_positions = query_positions.expand(memory.shape[0], -1, -1)
@@ -200,7 +199,7 @@ class DETRModel(DETRPreTrainedModel):
         memory_with_positions = add_positions(memory, positions)
         decoder_states, normed_states = [object_queries], []
         decoder_attentions, cross_attentions, layer_records = [], [], []
-        record_shape = (1, *features.shape[-2:]) if output_recording else None
+        record_shape = (1, *features.map_size) if output_recording else None
         for layer in self.decoder_layers:
             object_queries, self_weights, cross_weights, record = layer(
                 object_queries,
