@@ -13,6 +13,7 @@ the learning rate follows it, so a faster variant takes more steps.
 
 `--library transformers` trains transformers' own class of the variant in the same way, on the same
 ResNet of timm, all of which is made trainable for it; its DETR has positions in every attention.
+`--save DIRECTORY` keeps the detector; `--backbone-of DIRECTORY` starts another with its backbone.
 `--tune` evaluates on every fifth training picture and trains on the others, for choosing settings
 without looking at the validation pictures.
 `--device cuda --workers 2` is no yardstick: a run to stand beside it, with more steps, or larger
@@ -38,7 +39,7 @@ from accelerate.utils import send_to_device
 from measuring import describe_machine
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import AutoModelForObjectDetection, set_seed
 
 from hf_querydet import VARIANTS
 from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
@@ -228,6 +229,10 @@ def main() -> None:
         default={},
         help="""other settings of training, json: '{"learning_rate": 1e-4}'""",
     )
+    parser.add_argument("--save", type=Path, help="directory for the trained detector")
+    parser.add_argument(
+        "--backbone-of", type=Path, help="directory of a saved detector to take the backbone from"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--workers",
@@ -262,6 +267,9 @@ def main() -> None:
     processor = variant.image_processor(size=size)
     id2label = train_data.id2label
     model = build_detector(options.library, options.variant, fields | {"id2label": id2label})
+    if options.backbone_of:
+        trained = AutoModelForObjectDetection.from_pretrained(options.backbone_of)
+        model.model.backbone.load_state_dict(trained.model.backbone.state_dict())
     model.to(options.device)
     loading = {
         "batch_size": recipe.batch_size,
@@ -305,6 +313,8 @@ def main() -> None:
         keep,
     )
     print(format_table(run["metrics"]))
+    if options.save:
+        model.save_pretrained(options.save)
     if partial:
         os.replace(partial, options.output)
 
