@@ -315,6 +315,7 @@ def main() -> None:
     print(format_table(run["metrics"]))
     if options.save:
         model.save_pretrained(options.save)
+        processor.save_pretrained(options.save)
     if partial:
         os.replace(partial, options.output)
 
