@@ -231,7 +231,9 @@ def main() -> None:
     )
     parser.add_argument("--save", type=Path, help="directory for the trained detector")
     parser.add_argument(
-        "--backbone-of", type=Path, help="directory of a saved detector to take the backbone from"
+        "--backbone-of",
+        type=Path,
+        help="directory of a saved detector to take the backbone from, one of the same stages",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
@@ -247,6 +249,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.library == "transformers" and options.variant not in PEERS:
         parser.error(f"transformers has no {options.variant}, only {', '.join(PEERS)}")
+    if options.library == "transformers" and options.backbone_of:
+        parser.error("--backbone-of is for detectors of hf_querydet, not of --library transformers")
     variant = VARIANTS[options.variant]
     recipe = dataclasses.replace(variant.small_recipe, **options.recipe_fields)
     fields = {**recipe.model_fields, **options.model_fields}
@@ -313,11 +317,11 @@ def main() -> None:
         keep,
     )
     print(format_table(run["metrics"]))
+    if partial:
+        os.replace(partial, options.output)
     if options.save:
         model.save_pretrained(options.save)
         processor.save_pretrained(options.save)
-    if partial:
-        os.replace(partial, options.output)
 
 
 if __name__ == "__main__":
