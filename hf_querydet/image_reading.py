@@ -23,19 +23,32 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 from transformers.image_utils import ChannelDimension, load_image
 
 EXIF_ORIENTATION = 0x0112
-UPRIGHT = 1
+# What turns a picture of that orientation upright.
+TRANSPOSITIONS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+# Where PIL keeps the orientation of a picture.
+ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # PIL modes that hold one number per pixel with more than 8 bits; PIL's own conversion clips them.
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 # Best first: 3 is the likeliest length of a channel axis, then colours with opacity, grey, and grey
 # with opacity.
 CHANNEL_COUNTS = (3, 4, 1, 2)
+# Beginnings of texts that are addresses or pictures.
+NOT_PATHS = ("http://", "https://", "data:")
+LONGEST_SHOWN = 200  # characters of such a text in messages
 
 
 def flatten_pictures(images: Any) -> list[Any]:
@@ -121,6 +134,26 @@ def read_picture(
     return _to_rgb(tensor) if convert_rgb else tensor
 
 
+def turn_upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn a picture as its EXIF orientation says; without one it comes back as it is.
+
+    EXIF data that cannot be read says nothing, and the pixels do not suffer from it. PIL's own
+    ``exif_transpose`` fails there, and where it cannot write the remaining data anew; here a turned
+    picture has none.
+    """
+    picture.load()  # some formats only know their EXIF data afterwards
+    try:
+        orientation = picture.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # PIL raises SyntaxError, struct.error and more
+        return picture
+    if orientation not in TRANSPOSITIONS:
+        return picture
+    turned = picture.transpose(TRANSPOSITIONS[orientation])
+    for source in ORIENTATION_SOURCES:  # or it would be turned again
+        turned.info.pop(source, None)
+    return turned
+
+
 def _open(source: str | os.PathLike) -> PIL.Image.Image:
     """Open a file with its own mode, so that it is read like the same picture given as PIL."""
     if os.path.isfile(source):
@@ -130,13 +163,21 @@ def _open(source: str | os.PathLike) -> PIL.Image.Image:
                 return picture
         except Exception as error:  # decoders raise many kinds; the file's name must not get lost
             raise ValueError(f"The picture {os.fspath(source)} cannot be read: {error}") from error
-    return load_image(os.fspath(source))  # URLs and base64 text; names what is wrong itself
+    text = os.fspath(source)
+    shown = text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+    try:
+        return load_image(text)
+    except Exception as error:  # of the network, of the text, of decoders
+        if text.startswith(NOT_PATHS):
+            raise ValueError(f"The picture {shown} cannot be read: {error}") from error
+        raise ValueError(
+            f"The picture {shown} does not exist; pass a file, a URL with http:// or https://, or "
+            "base64 text."
+        ) from error
 
 
 def _pil_to_array(picture: PIL.Image.Image, convert_rgb: bool) -> np.ndarray:
-    picture.load()  # some formats only know their EXIF data afterwards
-    if picture.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT:
-        picture = PIL.ImageOps.exif_transpose(picture)
+    picture = turn_upright(picture)
     if picture.mode in DEEP_MODES or not convert_rgb:
         return np.array(picture)
     if picture.mode in TRANSPARENT_MODES or "transparency" in picture.info:

@@ -1,5 +1,6 @@
 """From a row of a dataset to a picture and its annotations, checked."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from hf_querydet.coco_annotations import prepare_labels
 from hf_querydet.data.labels import LabelTable
+from hf_querydet.image_reading import turn_upright
 
 CATEGORY_KEYS = ("category", "category_id")
 
@@ -114,12 +116,15 @@ def _decode(image: Mapping[str, Any] | None) -> Image.Image:
     if image is None:
         raise ValueError("the image column is empty.")
     try:
-        # Local files are read here: from a path, datasets leaves the file open if decoding fails.
+        # Read here, because datasets leaves a local file open if decoding fails, and refuses a
+        # picture with EXIF data that cannot be read.
         path, content = image.get("path"), image.get("bytes")
         if content is None and path is not None and Path(path).is_file():
             content = Path(path).read_bytes()
-        # Loads all pixels, which finds truncated files, and applies the EXIF orientation.
-        return datasets.Image().decode_example({"path": path, "bytes": content})
+        if content is None:  # a stream's, which datasets fetches
+            return datasets.Image().decode_example({"path": path, "bytes": None})
+        # Loads all pixels, which finds truncated files.
+        return turn_upright(Image.open(io.BytesIO(content)))
     # Pillow raises OSError, SyntaxError, struct.error and more, depending on the format.
     except Exception as error:
         raise ValueError(f"the picture cannot be read: {type(error).__name__}: {error}") from error

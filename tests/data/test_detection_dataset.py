@@ -426,6 +426,16 @@ def test_rotated_photos_are_read_upright(tmp_path):
     assert image.size == SIZES[0][::-1]
 
 
+def test_a_photo_with_broken_exif_data_is_read(tmp_path):
+    folder = write_image_folder(tmp_path / "photos", OBJECTS[:1])
+    with Image.open(folder / "0.png") as image:
+        image.copy().save(folder / "0.png", exif=b"Exif\0\0XX*\0garbage")
+
+    image = load_detection_dataset(folder, split="train")[0]["image"]
+
+    assert image.size == SIZES[0]
+
+
 def test_ten_thousand_objects_are_read_in_a_moment(tmp_path, processor):
     objects = {"bbox": [[1.0, 2.0, 5.0, 6.0]] * 10_000, "category": ["ant"] * 10_000}
     folder = write_image_folder(tmp_path / "crowd", [objects])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from hf_querydet.image_reading import flatten_pictures, read_picture
+from hf_querydet.image_reading import flatten_pictures, read_picture, turn_upright
 
 
 def colours(picture, **kwargs):
@@ -115,6 +115,40 @@ def test_exif_orientation_of_an_open_picture_is_applied(tmp_path):
         assert read_picture(picture)[0].tolist() == UPRIGHT[6]
 
 
+@pytest.mark.parametrize("picture_format", ["png", "webp"])
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0XX*\0garbage", b"Exif\0\0II", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"],
+    ids=["no-byte-order", "no-header", "no-entries"],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL's own
+def test_pixels_of_a_picture_with_broken_exif_data_are_read(tmp_path, exif, picture_format):
+    path = tmp_path / f"picture.{picture_format}"
+    stored = PIL.Image.fromarray(np.array(STORED, dtype=np.uint8)).convert("RGB")
+    stored.save(path, exif=exif, lossless=True)
+
+    assert read_picture(path)[0].tolist() == STORED
+
+
+def test_orientation_is_applied_where_other_exif_data_cannot_be_written_again(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0101] = 5  # a height, a whole number of type 4; here it is said to be text, type 2
+    block = exif.tobytes().replace(b"\x01\x01\0\x04", b"\x01\x01\0\x02")
+    PIL.Image.fromarray(np.array(STORED, dtype=np.uint8)).save(tmp_path / "picture.png", exif=block)
+
+    assert read_picture(tmp_path / "picture.png")[0].tolist() == UPRIGHT[6]
+
+
+def test_a_picture_is_turned_once(tmp_path):
+    png_with_orientation(tmp_path / "picture.png", 6)
+
+    with PIL.Image.open(tmp_path / "picture.png") as picture:
+        turned = turn_upright(picture)
+
+    assert read_picture(turned)[0].tolist() == UPRIGHT[6]
+
+
 def test_path_object_is_a_path(tmp_path):
     png_with_orientation(tmp_path / "picture.png", 6)
 
@@ -179,8 +213,23 @@ def test_address_is_fetched_by_transformers(monkeypatch):
 
 
 def test_missing_file_is_an_error():
-    with pytest.raises(ValueError, match=r"no-such\.png"):
+    with pytest.raises(ValueError, match=r"The picture no-such\.png does not exist; pass a file"):
         read_picture("no-such.png")
+
+
+def test_address_that_cannot_be_fetched_is_named(monkeypatch):
+    def unreachable(address):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("hf_querydet.image_reading.load_image", unreachable)
+
+    with pytest.raises(ValueError, match=r"https://example\.org/cat\.png cannot be read: no route"):
+        read_picture("https://example.org/cat.png")
+
+
+def test_broken_base64_text_is_shortened():
+    with pytest.raises(ValueError, match=r"The picture data:image/png;base64,A+\.\.\. cannot be"):
+        read_picture("data:image/png;base64," + 999 * "A")
 
 
 # Element types --------------------------------------------------------------------------------
