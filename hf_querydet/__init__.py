@@ -45,7 +45,13 @@ from hf_querydet.models.sparse_rcnn import (
     SparseRCNNImageProcessor,
     SparseRCNNModel,
 )
-from hf_querydet.registration import VARIANTS, load_detector, register, variant_of
+from hf_querydet.registration import (
+    VARIANTS,
+    load_detector,
+    load_detector_for_labels,
+    register,
+    variant_of,
+)
 
 __version__ = "0.1.0"
 
@@ -80,6 +86,7 @@ __all__ = [
     "SparseRCNNImageProcessor",
     "SparseRCNNModel",
     "load_detector",
+    "load_detector_for_labels",
     "variant_of",
 ]
 

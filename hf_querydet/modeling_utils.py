@@ -3,13 +3,16 @@
 import logging
 import os
 import re
+from copy import deepcopy
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
+from transformers.utils import logging as transformers_logging
 
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.layers.attention import MultiHeadAttention
@@ -147,6 +150,35 @@ class DetectorPreTrainedModel(PreTrainedModel):
         Args:
             progress: 0 at the first step, 1 at the end.
         """
+
+    def reset_class_head(self) -> None:
+        """Give the class heads of all layers new first values, those for new labels.
+
+        Loading does so where the number of labels changes; call this where the labels are others
+        but as many. What a variant keeps of its class heads in loading is kept here too, and all
+        other tensors stay as they are.
+        """
+        config = deepcopy(self.config)
+        config.use_pretrained_backbone = False
+        # One row too many, so that loading re-creates the heads in the way of each variant.
+        state = {
+            key: F.pad(value, [0, 0] * (value.ndim - 1) + [0, 1])
+            if key.endswith(self._class_head_keys)
+            else value
+            for key, value in self.state_dict().items()
+        }
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # its report would speak of these rows
+        try:
+            fresh = type(self).from_pretrained(None, config=config, state_dict=state)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        heads = {
+            key: value
+            for key, value in fresh.state_dict().items()
+            if key.endswith(self._class_head_keys)
+        }
+        self.load_state_dict(heads, strict=False)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # In classes outside its package, transformers passes over modules without tensors of their

@@ -96,6 +96,9 @@ from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.models.sparse_rcnn.recipe import SMALL_RECIPE as SPARSE_RCNN_SMALL_RECIPE
 from hf_querydet.recipe_utils import Recipe, SmallRecipe
 
+# Slots of a class head that stand for no class (COCO's 91 ids have 11 of them).
+UNUSED_LABEL = "N/A"
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -242,6 +245,43 @@ def load_detector(
     variant = _stored_variant(name_or_path, hub_options)
     model = variant.detector.from_pretrained(name_or_path, **kwargs)
     return model, variant.image_processor.from_pretrained(name_or_path, **hub_options)
+
+
+def load_detector_for_labels(
+    name_or_path: str | os.PathLike, id2label: Mapping[int, str], **kwargs: Any
+) -> tuple[DetectorPreTrainedModel, DetectionImageProcessor, bool]:
+    """Load a detector to be trained on a dataset, whose labels decide about its class head.
+
+    If the detector has every name of the dataset, its class head and its labels are kept, also
+    where it has further names or another order. Otherwise it gets the labels of the dataset and a
+    new class head, also where there are as many as before: the old weights stand for other classes.
+    Either way give the dataset the labels of the detector next:
+    ``dataset.with_labels(model.config.id2label)``.
+
+    Args:
+        name_or_path: Directory or Hub id.
+        id2label: Labels of the dataset. Slots of the detector named "N/A" are no names.
+        **kwargs: For the model's ``from_pretrained``.
+
+    Returns:
+        Detector, image processor, and whether the class head was kept.
+
+    Raises:
+        OSError: If there is no config.json.
+        ValueError: If the configuration is of none of the variants.
+    """
+    hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    stored = load_config(name_or_path, **hub_options)
+    names = set(id2label.values())
+    if names <= set(stored.id2label.values()) - {UNUSED_LABEL}:
+        return *load_detector(name_or_path, **kwargs), True
+    label2id = {name: label for label, name in id2label.items()}
+    model, processor = load_detector(
+        name_or_path, id2label=dict(id2label), label2id=label2id, **kwargs
+    )
+    if stored.num_labels == len(id2label):  # loading re-creates heads of another size only
+        model.reset_class_head()
+    return model, processor, False
 
 
 def load_config(name_or_path: str | os.PathLike, **kwargs: Any) -> DetectorConfig:
