@@ -55,6 +55,15 @@ def detect(
     draw: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Also draw the boxes.")
     ] = True,
+    font: Annotated[
+        Path | None,
+        typer.Option(
+            "--font",
+            exists=True,
+            dir_okay=False,
+            help="TrueType file for the labels, if DejaVu Sans lacks their letters.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also draw why the surest box was found.")
     ] = False,
@@ -90,7 +99,7 @@ def detect(
     state = start_process(cpu)
     detector, processor = load_for_inference(model, device=state.device, revision=revision)
     id2label = detector.config.id2label
-    on_detected = [picture_drawer(output, id2label)] if draw else []
+    on_detected = [picture_drawer(output, id2label, font=font)] if draw else []
     on_detected += [picture_explainer(output, detector, processor)] if explain else []
     results = detect_in_files(
         detector,

@@ -20,16 +20,22 @@ OTHER_SUFFIX = ".png"
 EXPLANATION_SUFFIX = ".explanation.png"
 
 
-def picture_drawer(output_dir: str | os.PathLike, id2label: Mapping[int, str]) -> OnDetected:
+def picture_drawer(
+    output_dir: str | os.PathLike,
+    id2label: Mapping[int, str],
+    *,
+    font: str | os.PathLike | None = None,
+) -> OnDetected:
     """For :func:`detect_in_files`: draws the boxes on a copy of each picture.
 
     Args:
         output_dir: Gets the copies, see :func:`drawn_path`.
         id2label: ``model.config.id2label``.
+        font: See :func:`~hf_querydet.visualization.draw_detections`.
     """
 
     def draw(file: PictureFile, picture: Tensor, detections: Mapping[str, Tensor]) -> None:
-        drawn = draw_detections(picture, detections, id2label=id2label)
+        drawn = draw_detections(picture, detections, id2label=id2label, font=font)
         save_picture(drawn, drawn_path(output_dir, file))
 
     return draw

@@ -1,5 +1,6 @@
 """Detections beside the objects that are there: matches, misses and false alarms."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ def draw_comparison(
     id2label: Mapping[int, str] | None = None,
     iou_threshold: float = 0.5,
     scale: int | None = None,
+    font: str | os.PathLike | None = None,
 ) -> Image.Image:
     """Draw detections and the objects that are there, and mark matches, misses and false alarms.
 
@@ -64,6 +66,7 @@ def draw_comparison(
         id2label: Names of label numbers; needed where detections carry names.
         iou_threshold: Least IoU of a match.
         scale: See :func:`~hf_querydet.visualization.draw_detections`.
+        font: As above.
 
     Raises:
         TypeError: If the annotations have another form.
@@ -89,7 +92,7 @@ def draw_comparison(
         LabelledBox(corners(i), f"missed: {objects.names[i]}", MISS, dashed=True)
         for i in comparison.misses
     ]
-    return draw_boxes(picture, boxes, scale=scale)
+    return draw_boxes(picture, boxes, scale=scale, font=font)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Boxes with labels on a picture, by PIL alone."""
 
+import importlib.util
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,8 @@ READABLE_SIDE = 480
 # Height of text as a share of the root of the picture's area, and its least, in pixels.
 FONT_SHARE, SMALLEST_FONT = 0.018, 12
 FEWEST_CHARACTERS = 3
+# For letters that PIL's own font lacks. PIL finds it by name among the system's fonts.
+WIDE_FONT = "DejaVuSans.ttf"
 DASH = 5  # line widths
 
 
@@ -58,6 +63,7 @@ def draw_detections(
     *,
     id2label: Mapping[int, str] | None = None,
     scale: int | None = None,
+    font: str | os.PathLike | None = None,
 ) -> Image.Image:
     """Draw boxes with label and score.
 
@@ -74,13 +80,17 @@ def draw_detections(
         id2label: Names of label numbers, ``model.config.id2label``. With it a label has the same
             colour in whatever form detections come.
         scale: Whole factor by which the picture is enlarged; by default :func:`enlargement`.
+        font: TrueType or OpenType file for the labels. Not given: PIL's own where they are in
+            ASCII, else DejaVu Sans, which has Latin, Greek, Cyrillic and more, but neither Chinese
+            nor Japanese nor Korean; it is found among the system's fonts or in matplotlib. Letters
+            that a font lacks are drawn as empty boxes.
 
     Returns:
         An RGB picture, ``scale`` times as large.
 
     Raises:
-        ValueError: If the picture cannot be read, detections have another form, a box is not
-            finite, or scale is less than 1.
+        ValueError: If the picture or the font cannot be read, detections have another form, a box
+            is not finite, or scale is less than 1.
     """
     names = dict(id2label or {})
     found = sorted(read_detections(detections, names), key=lambda each: each[0])
@@ -88,7 +98,7 @@ def draw_detections(
     boxes = [
         LabelledBox(corners, f"{name} {score:.2f}", colors[name]) for score, name, corners in found
     ]
-    return draw_boxes(rgb_picture(image), boxes, scale=scale)
+    return draw_boxes(rgb_picture(image), boxes, scale=scale, font=font)
 
 
 def enlargement(width: int, height: int) -> int:
@@ -158,7 +168,11 @@ def read_detections(
 
 
 def draw_boxes(
-    picture: Image.Image, boxes: Sequence[LabelledBox], *, scale: int | None = None
+    picture: Image.Image,
+    boxes: Sequence[LabelledBox],
+    *,
+    scale: int | None = None,
+    font: str | os.PathLike | None = None,
 ) -> Image.Image:
     """Draw boxes in their order and their labels, those of the last boxes at the best places.
 
@@ -166,6 +180,7 @@ def draw_boxes(
         picture: RGB.
         boxes: Parts outside the picture are drawn on its border.
         scale: See :func:`draw_detections`.
+        font: As above.
     """
     scale = enlargement(*picture.size) if scale is None else scale
     if scale < 1:
@@ -173,19 +188,22 @@ def draw_boxes(
     width, height = (side * scale for side in picture.size)
     drawn = picture.resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(drawn)
-    font = ImageFont.load_default(max(SMALLEST_FONT, round(FONT_SHARE * (width * height) ** 0.5)))
-    line_width = max(3, round(font.size / 6))
-    padding = max(2, round(font.size / 5))
+    font_size = max(SMALLEST_FONT, round(FONT_SHARE * (width * height) ** 0.5))
+    letters = _load_font(font, font_size, [box.text for box in boxes])
+    line_width = max(3, round(font_size / 6))
+    padding = max(2, round(font_size / 5))
 
     corners = np.array([box.corners for box in boxes], dtype=np.float64).reshape(-1, 4) * scale
     corners = corners.clip(0, [width - 1, height - 1] * 2)
     for box, frame in zip(boxes, corners, strict=True):
         _draw_frame(draw, frame, box, line_width)
 
-    texts = [_shorten(box.text, font, width - 2 * padding) for box in boxes]
-    ascent, descent = font.getmetrics()
+    texts = [_shorten(box.text, letters, width - 2 * padding) for box in boxes]
+    ascent, descent = letters.getmetrics()
     line_height = ascent + descent + padding
-    sizes = [(font.getlength(text) + 2 * padding, line_height) if text else None for text in texts]
+    sizes = [
+        (letters.getlength(text) + 2 * padding, line_height) if text else None for text in texts
+    ]
     # The last boxes are on top; their labels choose first.
     places = place_labels(corners[::-1], sizes[::-1], (width, height))[::-1]
     for box, text, size, place in zip(boxes, texts, sizes, places, strict=True):
@@ -194,8 +212,37 @@ def draw_boxes(
             frame = (left, top, left + size[0] - 1, top + size[1] - 1)
             draw.rectangle(frame, fill=box.color, outline=OUTLINE)
             middle = top + size[1] / 2
-            draw.text((left + padding, middle), text, _text_color(box.color), font, anchor="lm")
+            draw.text((left + padding, middle), text, _text_color(box.color), letters, anchor="lm")
     return drawn
+
+
+def _load_font(
+    path: str | os.PathLike | None, size: int, texts: Sequence[str]
+) -> ImageFont.FreeTypeFont:
+    """The font that is asked for, else PIL's own, unless texts have letters beyond it."""
+    if path is not None:
+        try:
+            return ImageFont.truetype(os.fspath(path), size)
+        except OSError as error:
+            raise ValueError(
+                f"font must be a TrueType or OpenType file, but {path} cannot be read: {error}."
+            ) from error
+    if not all(text.isascii() for text in texts):
+        for candidate in wide_fonts():
+            try:
+                return ImageFont.truetype(candidate, size)
+            except OSError:
+                continue  # not installed
+    return ImageFont.load_default(size)
+
+
+def wide_fonts() -> list[str]:
+    """Where a font with many letters may be; importing matplotlib for its copy would take long."""
+    matplotlib = importlib.util.find_spec("matplotlib")
+    if matplotlib is None:
+        return [WIDE_FONT]
+    folder = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf"
+    return [WIDE_FONT, str(folder / WIDE_FONT)]
 
 
 def _require_keys(mapping: Mapping[str, Any], keys: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hf_querydet.cli import app
 from hf_querydet.inference import detect, load_for_inference
+from hf_querydet.visualization.drawing import wide_fonts
 
 THRESHOLD = 0.57
 SIZES = {"a.png": (61, 43), "b.jpg": (38, 57), "a/a.png": (75, 31), "a/b/a.png": (52, 49)}
@@ -106,6 +107,15 @@ def test_one_picture_and_its_explanation(model, pictures, tmp_path):
     assert [line["file_name"] for line in read_lines(tmp_path / "out")] == ["b.jpg"]
     with Image.open(tmp_path / "out" / "b.jpg.explanation.png") as figure:
         assert figure.format == "PNG"
+
+
+def test_labels_are_drawn_in_the_font_of_choice(model, pictures, tmp_path):
+    options = ["--threshold", THRESHOLD, "--output"]
+    run(model, pictures, *options, tmp_path / "usual")
+    run(model, pictures, *options, tmp_path / "chosen", "--font", wide_fonts()[1])
+
+    usual, chosen = ((tmp_path / name / "a.png").read_bytes() for name in ("usual", "chosen"))
+    assert usual != chosen
 
 
 @pytest.mark.parametrize("output", ["in", "."])

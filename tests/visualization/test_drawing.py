@@ -1,12 +1,14 @@
 """Boxes and labels on pictures."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
 
-from hf_querydet.visualization import draw_detections, enlargement
-from hf_querydet.visualization.drawing import PALETTE, label_colors
+from hf_querydet.visualization import draw_comparison, draw_detections, enlargement
+from hf_querydet.visualization.drawing import PALETTE, label_colors, wide_fonts
 from hf_querydet.visualization.label_placement import place_labels
 
 ID2LABEL = {0: "cat", 1: "dog"}
@@ -125,6 +127,67 @@ def test_narrow_picture_shortens_labels():
     color = ImageColor.getrgb(label_colors(["a very long name of a label"], {})[detection["label"]])
     # A filled label besides the frame.
     assert ((drawn == color).all(-1).sum(1) > 30).sum() > 10
+
+
+def drawn_label(name, font=None):
+    picture = Image.new("RGB", (500, 400), "white")
+    return pixels(draw_detections(picture, [box_called(name)], font=font))
+
+
+def box_called(name):
+    return pipeline_detection(name, 0.5, (100, 120, 300, 260))
+
+
+@pytest.mark.parametrize(("one", "other"), [("ö", "ß"), ("к", "ш"), ("λ", "ψ")])
+def test_letters_beyond_ascii_are_drawn(one, other):
+    # Their labels have the same colour, so that only letters can tell them apart.
+    colors = label_colors([one, other], {})
+    first, second = (
+        (drawn_label(name) == ImageColor.getrgb(colors[name])).all(-1) for name in (one, other)
+    )
+    assert (first != second).any()
+
+
+def test_labels_in_ascii_are_drawn_in_the_font_of_pil(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("another font is looked for")
+
+    expected = drawn_label("cat")
+    monkeypatch.setattr("hf_querydet.visualization.drawing.wide_fonts", refuse)
+
+    assert (drawn_label("cat") == expected).all()
+
+
+def test_letters_that_no_font_has_are_no_reason_to_fail(monkeypatch):
+    assert (drawn_label("猫") != 255).any()
+    monkeypatch.setattr("hf_querydet.visualization.drawing.wide_fonts", lambda: ["no such font"])
+    assert (drawn_label("Größe") != 255).any()
+
+
+def test_matplotlib_has_a_font_where_the_system_has_none():
+    _, path = wide_fonts()
+    assert Path(path).is_file()
+
+
+def test_font_of_choice_is_used():
+    _, path = wide_fonts()
+    assert (drawn_label("cat", font=path) != drawn_label("cat")).any()
+    detections = [box_called("cat")]
+    nothing = {"image_id": 0, "annotations": []}
+    compared = [
+        pixels(draw_comparison(Image.new("RGB", (500, 400)), detections, nothing, font=font))
+        for font in (path, None)
+    ]
+    assert (compared[0] != compared[1]).any()
+
+
+def test_a_font_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "letters.ttf").write_bytes(b"no font")
+    for name in ("letters.ttf", "gone.ttf"):
+        with pytest.raises(
+            ValueError, match=rf"font must be a TrueType or OpenType .*{name} cannot"
+        ):
+            drawn_label("cat", font=tmp_path / name)
 
 
 def test_colors_follow_the_labels_of_the_model_and_differ_within_a_picture():
