@@ -3,7 +3,7 @@
 from hf_querydet.data.collate import DetectionCollator
 from hf_querydet.data.detection_dataset import DetectionDataset, IterableDetectionDataset
 from hf_querydet.data.labels import LabelTable
-from hf_querydet.data.loading import load_detection_dataset
+from hf_querydet.data.loading import check_splits_differ, load_detection_dataset
 from hf_querydet.data.reading import BadExampleError
 from hf_querydet.data.transforms import DetectionAugmentation
 
@@ -14,5 +14,6 @@ __all__ = [
     "DetectionDataset",
     "IterableDetectionDataset",
     "LabelTable",
+    "check_splits_differ",
     "load_detection_dataset",
 ]

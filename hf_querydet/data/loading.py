@@ -95,6 +95,37 @@ def load_detection_dataset(
     return dataset.without_bad_images() if skip_bad_images else dataset
 
 
+def check_splits_differ(name_or_path: str | Path, *, train_split: str, eval_split: str) -> None:
+    """Raise if two splits would be the same pictures.
+
+    A single folder or json has one split, whatever it is called: a model would be evaluated on what
+    it was trained on, and nothing would say so. One name for both splits is taken for a choice.
+
+    Args:
+        name_or_path: As for :func:`load_detection_dataset`.
+        train_split: Split to train on.
+        eval_split: Split to evaluate on.
+
+    Raises:
+        ValueError: If the names differ and the data do not.
+    """
+    if train_split == eval_split:
+        return
+    source = _find_source(str(name_or_path), train_split)
+    if source is not None and source == _find_source(str(name_or_path), eval_split):
+        raise ValueError(
+            f"{name_or_path} has one split: {train_split!r} and {eval_split!r} would both be read "
+            f"from {source}. Put {{split}} in the path, make a folder for each split, or train "
+            "without evaluation (--eval-split none)."
+        )
+
+
+def _find_source(name_or_path: str, split: str) -> Path | None:
+    """The COCO json or picture folder that a split is read from; None for what `datasets` loads."""
+    path = Path(name_or_path.replace("{split}", split)).expanduser()
+    return _find_coco_file(path, split) or _find_metadata_folder(path, split)
+
+
 def _load_rows(
     name_or_path: str,
     split: str,

@@ -1,0 +1,50 @@
+"""Splits that turn out to be the same pictures."""
+
+import pytest
+
+from hf_querydet.data import check_splits_differ
+
+SPLITS = {"train_split": "train", "eval_split": "validation"}
+
+
+def touch(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("pets", "pets/metadata.jsonl"),
+        ("pets", "pets/instances.json"),
+        ("pets.json", "pets.json"),
+    ],
+)
+def test_one_folder_or_json_is_not_two_splits(tmp_path, source, file):
+    touch(tmp_path / file)
+    expected = f"{source} has one split: 'train' and 'validation' would both be read from"
+    with pytest.raises(ValueError, match=f"{expected} .*Put {{split}} in the path"):
+        check_splits_differ(tmp_path / source, **SPLITS)
+
+
+def test_same_name_is_a_choice(tmp_path):
+    touch(tmp_path / "instances.json")
+    check_splits_differ(tmp_path, train_split="train", eval_split="train")
+
+
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [
+        ("pets", ["pets/train/metadata.jsonl", "pets/validation/metadata.jsonl"]),
+        ("pets", ["pets/train/instances.json", "pets/validation/instances.json"]),
+        ("{split}.json", ["train.json", "validation.json"]),
+        # What neither is, datasets knows the splits of.
+        ("pets", ["pets/data.parquet"]),
+        ("someone/pets", []),
+    ],
+)
+def test_data_of_their_own_are_two_splits(tmp_path, monkeypatch, source, files):
+    monkeypatch.chdir(tmp_path)
+    touch(*(tmp_path / file for file in files))
+    check_splits_differ(source, **SPLITS)
