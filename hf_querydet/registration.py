@@ -298,7 +298,14 @@ def _stored_variant(name_or_path: str | os.PathLike, hub_options: dict[str, Any]
             raise OSError(
                 f"{name_or_path} is not a directory, and not a Hub id, which is NAME or OWNER/NAME."
             ) from error
-    config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
+    except OSError as error:
+        if os.path.exists(name_or_path):
+            raise
+        raise OSError(  # without a network the error names the Hub, not what was asked for
+            f"{name_or_path} is no directory here, and as a Hub id it could not be fetched: {error}"
+        ) from error
     if not config:
         raise OSError(
             f"{name_or_path} has no config.json; name the directory or repository of a saved "

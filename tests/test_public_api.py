@@ -68,6 +68,17 @@ def test_load_detector_says_that_there_is_no_configuration(tmp_path):
         hf_querydet.load_detector(tmp_path)
 
 
+def test_load_detector_names_what_cannot_be_fetched_without_a_network(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr("hf_querydet.registration.PreTrainedConfig.get_config_dict", unreachable)
+    with pytest.raises(
+        OSError, match="demo_x is no directory here, and as a Hub id it could not be"
+    ):
+        hf_querydet.load_detector("demo_x")
+
+
 def test_load_detector_says_that_there_is_no_such_directory(tmp_path):
     with pytest.raises(OSError, match="is not a directory, and not a Hub id, which is NAME or"):
         hf_querydet.load_detector(tmp_path / "absent" / "model")
