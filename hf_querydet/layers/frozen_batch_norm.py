@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -81,11 +82,22 @@ class NormalizingConv2d(nn.Conv2d):
 
     norm: FrozenBatchNorm2d
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Adapters make more of the kind they find. Their part would be added after the norm, and
+        # before it once they are merged.
+        raise TypeError(
+            "NormalizingConv2d is made by from_convolution only. Adapters (LoRA) on convolutions "
+            "before frozen norms are not possible: name linear layers as their targets, or load "
+            "the model with backbone_norm='batch'."
+        )
+
     @classmethod
     def from_convolution(cls, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> "NormalizingConv2d":
         """Take over a convolution's parameters. The norm stays registered where it is."""
+        normalizing = cls.__new__(cls)
         with torch.device("meta"):
-            normalizing = cls(
+            nn.Conv2d.__init__(
+                normalizing,
                 conv.in_channels,
                 conv.out_channels,
                 conv.kernel_size,
@@ -139,7 +151,7 @@ def fold_frozen_norms(body: nn.Module, num_channels: int) -> None:
     """Let convolutions do the work of the frozen norms behind them, in place.
 
     Names and values of all tensors stay. A norm is folded where it is the only reader of a plain
-    convolution's output, which a run on an empty picture tells.
+    convolution's output, which a run without values (on the meta device) tells.
 
     Args:
         body: Takes (batch, num_channels, height, width).
@@ -159,13 +171,17 @@ def _convolutions_before(
     norms: list[FrozenBatchNorm2d], body: nn.Module, num_channels: int
 ) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
     modes = [(module, module.training) for module in body.modules()]
-    parameter = next(body.parameters())
+    # Stand-ins of the same shapes: the tensors may lie on several devices, as they do where
+    # accelerate builds a model without its weights.
+    tensors = {**dict(body.named_parameters()), **dict(body.named_buffers())}
+    stand_ins = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    stand_in_of = {id(tensor): stand_ins[name] for name, tensor in tensors.items()}
     picture = torch.zeros(
-        1, num_channels, PROBE_SIZE, PROBE_SIZE, device=parameter.device, dtype=parameter.dtype
+        1, num_channels, PROBE_SIZE, PROBE_SIZE, device="meta", dtype=next(body.parameters()).dtype
     )
     body.eval()
-    with _Readers() as readers:
-        maps = body(picture).feature_maps
+    with torch.device("meta"), _Readers() as readers:
+        maps = functional_call(body, stand_ins, (picture,)).feature_maps
     for module, was_training in modes:
         module.training = was_training
     readers.count(maps)
@@ -174,7 +190,7 @@ def _convolutions_before(
     runs = Counter(id(weight) for _, weight in readers.convolved)
     runs += Counter(id(running_mean) for _, running_mean in readers.normalized)
     convolutions = {
-        id(module.weight): module
+        id(stand_in_of[id(module.weight)]): module
         for module in body.modules()
         if type(module) is nn.Conv2d and module.padding_mode == "zeros"
     }
@@ -183,11 +199,12 @@ def _convolutions_before(
         for output, weight in readers.convolved
         if id(weight) in convolutions and runs[id(weight)] == 1
     }
-    frozen = {id(norm.running_mean): norm for norm in norms if runs[id(norm.running_mean)] == 1}
+    frozen = {id(stand_in_of[id(norm.running_mean)]): norm for norm in norms}
     return [
         (sources[id(features)], frozen[id(running_mean)])
         for features, running_mean in readers.normalized
         if id(features) in sources
+        and runs[id(running_mean)] == 1
         and id(running_mean) in frozen
         and readers.counts[id(features)] == 1
     ]

@@ -233,6 +233,27 @@ def test_copy_of_a_network_reads_its_own_statistics():
     assert not torch.allclose(twin.features(picture), before)
 
 
+def test_folding_leaves_chance_and_tensors_alone():
+    body = ConvAndNorm(bias=True)
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    state = torch.get_rng_state()
+
+    fold_frozen_norms(body, 3)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in body.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_adapter_for_a_folded_convolution_is_an_error():
+    body = ConvAndNorm(bias=False)
+    fold_frozen_norms(body, 3)
+
+    # As LoRA makes the first of its two convolutions.
+    with pytest.raises(TypeError, match=r"Adapters .* name linear layers as their targets"):
+        type(body.conv)(3, 2, 3, padding=1, bias=False)
+
+
 def test_folding_leaves_modes_as_they_were():
     body = ConvAndNorm(bias=False).train()
     body.norm.eval()
