@@ -1,5 +1,6 @@
 """What every detector's configuration has in common: the backbone, the matching and the loss."""
 
+import logging
 import os
 from collections.abc import Sequence
 from copy import deepcopy
@@ -7,9 +8,12 @@ from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.models.resnet import ResNetConfig
 from transformers.models.timm_backbone import TimmBackboneConfig
+
+logger = logging.getLogger(__name__)
 
 # A variant's type here is its type in transformers, where there is one, with this in front.
 MODEL_TYPE_PREFIX = "querydet_"
@@ -38,7 +42,8 @@ class DetectorConfig(PreTrainedConfig):
 
     Attributes:
         backbone_config: Architecture of the backbone and the stages it returns.
-        num_channels: Channels of a picture.
+        num_channels: Channels of a picture. Another number than 3 is passed on to
+            ``backbone_config``, otherwise its own counts.
         use_pretrained_backbone: Load the backbone's published weights when a model is built from
             this configuration. ``from_pretrained`` never does: its weights are in the checkpoint.
         dilation: Keep the stride of the last backbone stage at 16 by dilated convolutions (the
@@ -49,6 +54,8 @@ class DetectorConfig(PreTrainedConfig):
         num_queries: Object queries, the largest number of objects found in one picture.
         d_model: Channels of a token.
         auxiliary_loss: Train every decoder layer on its own predictions. Never changes the forward.
+            Where layers refine boxes, nothing else trains the heads before the last one: boxes are
+            detached between layers.
         class_cost: Weight of the class term when predictions are assigned to objects.
         bbox_cost: Weight of the L1 distance there.
         giou_cost: Weight of the generalised IoU there.
@@ -165,10 +172,21 @@ class DetectorConfig(PreTrainedConfig):
         transformers sets keywords on the finished object, where nothing would follow from those
         that others are derived from.
         """
-        derived_from = ("backbone", "use_timm_backbone", "backbone_kwargs", "dilation")
+        derived_from = (
+            "backbone",
+            "use_timm_backbone",
+            "backbone_kwargs",
+            "dilation",
+            "num_channels",
+        )
         given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
         # transformers writes null for what does not apply, which is not a value of every field.
         config_dict = {name: value for name, value in config_dict.items() if value is not None}
+        stored_backbone = config_dict.get("backbone_config")
+        loses_dilation = config_dict.get("dilation") and given.get("dilation") is False
+        if loses_dilation and isinstance(stored_backbone, dict):
+            # The stored stride follows from the stored dilation.
+            config_dict["backbone_config"] = {**stored_backbone, "output_stride": None}
         if kwargs.get("id2label") is not None:
             id2label = {int(index): name for index, name in kwargs["id2label"].items()}
             kwargs["id2label"] = id2label
@@ -204,12 +222,21 @@ class DetectorConfig(PreTrainedConfig):
             self.is_encoder_decoder = False
         super().__post_init__(**kwargs)
 
+    @PreTrainedConfig._attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
+        # A word is for the detector. transformers would set it in the backbone too, most of which
+        # have no attention and refuse every choice but one.
+        value = {"": value} if isinstance(value, str) else value
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
     def _resolve_backbone(
         self, name: str | None, use_timm: bool | None, options: dict[str, Any]
     ) -> None:
         if name is not None and self.backbone_config is not None:
             raise ValueError(
-                f"backbone={name!r} and backbone_config were both given; name the backbone once."
+                f"backbone={name!r} was given, and a backbone_config too, which a stored "
+                "configuration always has; name the backbone once, or pass another "
+                "backbone_config."
             )
         if isinstance(self.backbone_config, dict):
             fields = dict(self.backbone_config)
@@ -238,6 +265,16 @@ class DetectorConfig(PreTrainedConfig):
                 )
         if self.dilation:
             self._dilate()
+        self._agree_on_channels()
+
+    def _agree_on_channels(self) -> None:
+        of_backbone = getattr(self.backbone_config, "num_channels", self.num_channels)
+        if self.num_channels == type(self).num_channels:
+            self.num_channels = of_backbone
+        elif self.num_channels != of_backbone:
+            # A copy, or the caller's own configuration would change.
+            self.backbone_config = deepcopy(self.backbone_config)
+            self.backbone_config.num_channels = self.num_channels
 
     def _dilate(self) -> None:
         if self.backbone_config.model_type != "timm_backbone":
@@ -261,11 +298,31 @@ class DetectorConfig(PreTrainedConfig):
                 "frozen_backbone_stages must be 0 or more (2 = stem and first stage), "
                 f"got {self.frozen_backbone_stages}."
             )
-        self.check_at_least_1("num_queries")
+        self.check_at_least_1("num_queries", "num_labels")
+        # Not every variant has all of these.
+        sizes = ("encoder_ffn_dim", "decoder_ffn_dim")
+        self.check_at_least_1(*(field for field in sizes if hasattr(self, field)))
+        if self.encoder_layers < 0:
+            raise ValueError(f"encoder_layers must be at least 0, got {self.encoder_layers}.")
+        for field in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(
+                    f"{field} must be at least 0 and below 1, got {getattr(self, field)}."
+                )
+        self.check_choice("activation_function", list(ACT2FN))
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError(
                 "class_cost, bbox_cost and giou_cost are all 0, so nothing decides which query is "
                 "assigned to which object; set at least one above 0."
+            )
+
+    def warn_of_untrained_heads(self) -> None:
+        """Warn if layers refine boxes and only the last one is trained on its predictions."""
+        if not self.auxiliary_loss and self.decoder_layers > 1:
+            logger.warning(
+                "auxiliary_loss=False trains the last decoder layer's heads only; the boxes that "
+                "the %d layers before it refine stay as they start. Leave it on for training.",
+                self.decoder_layers - 1,
             )
 
     def check_heads(self, *fields: str) -> None:

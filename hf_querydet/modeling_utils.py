@@ -57,7 +57,8 @@ class DetectorPreTrainedModel(PreTrainedModel):
 
         A class head of another size than the configuration's number of labels (which ``num_labels``
         or ``id2label`` set) is created anew, without ``ignore_mismatched_sizes``. Any other tensor
-        of a wrong shape stays an error.
+        of a wrong shape stays an error. ``attn_implementation`` is that of the detector, as in
+        :meth:`set_attn_implementation`.
 
         Raises:
             RuntimeError: If tensors other than the class head have another shape than the

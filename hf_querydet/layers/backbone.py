@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 
+from hf_querydet.layers.canvas import check_pixel_mask
 from hf_querydet.layers.frozen_batch_norm import fold_frozen_norms, freeze_batch_norm
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,11 @@ class Backbone(nn.Module):
         Returns:
             Per stage, from fine to coarse: the map (batch, channels, height, width) and its padding
             mask (batch, height, width), True = padding, or None if nothing is padded.
+
+        Raises:
+            ValueError: If the mask is of another size than the pictures.
         """
+        check_pixel_mask(pixel_values, pixel_mask)
         # Channels last: convolutions are faster so, on CPUs and on GPUs with half types, and what
         # turns cells into tokens afterwards need not copy. Compilers choose a layout themselves,
         # and a given one would bind an exported program to some sizes.

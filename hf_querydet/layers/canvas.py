@@ -5,6 +5,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def check_pixel_mask(pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+    """Raise a ValueError unless a pixel mask, if there is one, has a value for every pixel.
+
+    Args:
+        pixel_values: (batch, channels, height, width).
+        pixel_mask: Should be (batch, height, width).
+    """
+    # A question about sizes would bind an exported program to some of them.
+    if pixel_mask is None or torch.compiler.is_compiling():
+        return
+    batch_size, _, height, width = pixel_values.shape
+    if pixel_mask.shape != (batch_size, height, width):
+        raise ValueError(
+            f"pixel_mask must have the shape {(batch_size, height, width)}, one value per pixel of "
+            f"pixel_values {tuple(pixel_values.shape)}, got {tuple(pixel_mask.shape)}; take both "
+            "from one call of the image processor."
+        )
+
+
 def pad_canvas(pixel_values: Tensor, *, multiple: int) -> Tensor:
     """Enlarge the canvas with zeros at the bottom and right to whole multiples of a stride.
 
@@ -32,7 +51,11 @@ def picture_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
 
     Returns:
         (batch, 2), width and height in pixels, float32, at least 1.
+
+    Raises:
+        ValueError: If the mask is of another size.
     """
+    check_pixel_mask(pixel_values, pixel_mask)
     batch_size, _, height, width = pixel_values.shape
     if pixel_mask is None:
         sizes = torch.tensor([width, height], device=pixel_values.device, dtype=torch.float32)

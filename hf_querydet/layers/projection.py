@@ -139,7 +139,7 @@ def project_features(
     pixel_mask: Tensor | None,
     projection: FeatureProjection,
     position_embedding: Callable[[Tensor], Tensor],
-    level_embeddings: nn.Embedding,
+    level_embeddings: nn.Embedding | None,
 ) -> LevelFeatures:
     """Turn the maps of a backbone into tokens of all levels.
 
@@ -152,7 +152,7 @@ def project_features(
             masks.
         projection: Makes the levels.
         position_embedding: From a padding mask to (batch, height * width, hidden_size).
-        level_embeddings: A vector per level.
+        level_embeddings: A vector per level, added to its positions; None adds nothing.
     """
     levels = projection([features for features, _ in stages])
     masks = [mask for _, mask in stages]
@@ -168,13 +168,16 @@ def project_features(
         masks += [resize_padding_mask(pixel_mask, level) for level in levels[len(masks) :]]
         padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         valid_ratios = level_valid_ratios(masks)
-    positions = torch.cat(
-        [
-            position_embedding(mask) + level_embedding
-            for mask, level_embedding in zip(masks, level_embeddings.weight, strict=True)
-        ],
-        dim=1,
-    )
+    positions = [position_embedding(mask) for mask in masks]
+    if level_embeddings is not None:
+        positions = [
+            of_level + level_embedding
+            for of_level, level_embedding in zip(positions, level_embeddings.weight, strict=True)
+        ]
     return LevelFeatures(
-        tokens, positions.to(tokens.dtype), padding_mask, spatial_shapes, valid_ratios
+        tokens,
+        torch.cat(positions, dim=1).to(tokens.dtype),
+        padding_mask,
+        spatial_shapes,
+        valid_ratios,
     )

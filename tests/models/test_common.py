@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import send_to_device
 from tiny import (
     NUM_LABELS,
@@ -18,6 +19,7 @@ from tiny import (
     tiny_config,
     tiny_labels,
 )
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -152,6 +154,27 @@ def test_every_trainable_parameter_gets_a_gradient(name, labels):
     model(**tiny_batch(), labels=labels).loss.backward()
     without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
+
+
+def test_detector_without_an_encoder_has_no_parameter_without_a_gradient(name):
+    # DistributedDataParallel waits for all of them.
+    model = build(name, encoder_layers=0).train()
+    model(**tiny_batch(), labels=tiny_labels()).loss.backward()
+    without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_every_linear_layer_is_called(name):
+    # Adapters, quantised layers and hooks take a layer's place; its weights alone are not enough.
+    model = build(name).train()
+    called = set()
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for key, layer in layers.items():
+        layer.register_forward_hook(lambda *_, key=key: called.add(key))
+
+    model(**tiny_batch(), labels=tiny_labels())
+
+    assert called == set(layers)
 
 
 def test_batch_without_any_object_trains(name):
@@ -293,6 +316,7 @@ def test_autocast_trains_with_a_float32_loss(name, device):
         outputs = model(**batch, labels=labels)
     outputs.loss.backward()
     assert outputs.logits.dtype == torch.bfloat16
+    assert outputs.pred_boxes.dtype == torch.float32
     assert outputs.loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -347,6 +371,27 @@ def test_attention_implementation_can_be_switched(name, caplog):
     attentions = forward(model, pixel_values=pixel_values, output_attentions=True)
     assert attentions.decoder_attentions[0] is not None
     torch.testing.assert_close(attentions.logits, expected.logits, rtol=0, atol=1e-4)
+
+
+def test_attention_implementation_is_chosen_at_loading(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+
+    # The backbone, transformers' ResNet, has no attention and would refuse it.
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path, attn_implementation="sdpa")
+    eager = AutoModelForObjectDetection.from_pretrained(tmp_path, attn_implementation="eager")
+
+    assert model.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_model_without_weights_is_built_by_accelerate(name):
+    config = tiny_config(VARIANTS, name, backbone_norm="frozen")
+
+    with init_empty_weights():  # parameters on the meta device, buffers on the CPU
+        model = VARIANTS[name].detector(config)
+
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.model.backbone.body.embedder.embedder.normalization.is_folded
 
 
 def test_exported_program_takes_other_batches_and_sizes(name):
@@ -432,6 +477,12 @@ def test_frozen_stages_stay_frozen_after_loading(name, tmp_path):
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen
     assert {key for key, p in loaded.named_parameters() if not p.requires_grad} == frozen
+
+
+@pytest.mark.parametrize("shape", [(2, 35, 50), (1, 70, 101), (2, 1, 70, 101)])
+def test_pixel_mask_of_another_shape_is_an_error(name, shape):
+    with pytest.raises(ValueError, match=r"pixel_mask must have the shape \(2, 70, 101\).* got "):
+        build(name)(torch.zeros(2, 3, 70, 101), torch.ones(shape))
 
 
 def test_label_out_of_range_is_named(name):
@@ -539,3 +590,16 @@ def test_trainer_trains_evaluates_and_resumes(name, tmp_path):
 def tiny_batch_of_seed(seed):
     torch.manual_seed(seed)
     return tiny_batch()
+
+
+def test_untrained_heads_are_warned_of_where_layers_refine_boxes(name, caplog):
+    refines = {"deformable_detr", "efficient_detr", "dynamic_detr", "sparse_rcnn"}
+    options = {"with_box_refine": True} if name == "deformable_detr" else {}
+
+    with caplog.at_level(logging.WARNING):
+        tiny_config(VARIANTS, name, auxiliary_loss=False, decoder_layers=3, **options)
+
+    warned = (
+        "trains the last decoder layer's heads only; the boxes that the 2 layers" in caplog.text
+    )
+    assert warned == (name in refines)

@@ -240,6 +240,36 @@ def test_stored_config_can_be_dilated_while_loading(tmp_path):
     assert config.backbone_config.output_stride == 16
 
 
+def test_stored_config_can_lose_its_dilation_while_loading(tmp_path):
+    DETRConfig(backbone="resnet18", dilation=True).save_pretrained(tmp_path)
+
+    config = DETRConfig.from_pretrained(tmp_path, dilation=False)
+
+    assert (config.dilation, config.backbone_config.output_stride) == (False, None)
+
+
+def test_channels_reach_the_backbone_of_a_stored_config(tmp_path):
+    DETRConfig(backbone="resnet18").save_pretrained(tmp_path)
+
+    config = DETRConfig.from_pretrained(tmp_path, num_channels=4)
+
+    assert (config.num_channels, config.backbone_config.num_channels) == (4, 4)
+
+
+def test_channels_do_not_change_the_callers_backbone_config():
+    backbone_config = ResNetConfig(**TINY_RESNET)
+
+    config = DETRConfig(backbone_config=backbone_config, num_channels=1)
+
+    assert (config.backbone_config.num_channels, backbone_config.num_channels) == (1, 3)
+
+
+def test_channels_are_those_of_the_given_backbone():
+    config = DETRConfig(backbone_config=ResNetConfig(**TINY_RESNET, num_channels=5))
+
+    assert (config.num_channels, config.backbone_config.num_channels) == (5, 5)
+
+
 # Files of transformers
 
 
@@ -327,6 +357,14 @@ def test_older_file_with_a_backbone_name_is_read(tmp_path, backbone_kwargs):
             "d_model must be a multiple of 4 .*got 6",
         ),
         ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
+        ({"encoder_layers": -1}, "encoder_layers must be at least 0, got -1"),
+        ({"encoder_ffn_dim": 0}, "encoder_ffn_dim must be at least 1, got 0"),
+        ({"decoder_ffn_dim": 0}, "decoder_ffn_dim must be at least 1, got 0"),
+        ({"num_labels": 0}, "num_labels must be at least 1, got 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"attention_dropout": 1.5}, "attention_dropout must be at least 0 and below 1, got 1.5"),
+        ({"activation_dropout": -0.1}, "activation_dropout must be at least 0 .* got -0.1"),
+        ({"activation_function": "foo"}, "activation_function must be one of .*relu.* got 'foo'"),
         (
             {"position_embedding_type": "rotary"},
             r"one of \('sine', 'learned'\), got 'rotary'",
@@ -353,14 +391,14 @@ def test_field_of_a_wrong_type_is_an_error():
     ids=["config", "dictionary"],
 )
 def test_backbone_named_twice_is_an_error(backbone_config):
-    with pytest.raises(ValueError, match="backbone='resnet18' and backbone_config were both given"):
+    with pytest.raises(ValueError, match="backbone='resnet18' was given, and a backbone_config"):
         DETRConfig(backbone="resnet18", backbone_config=backbone_config)
 
 
 def test_other_backbone_for_a_stored_config_is_an_error(tmp_path):
     DETRConfig(backbone="resnet18").save_pretrained(tmp_path)
 
-    with pytest.raises(ValueError, match="backbone='resnet34' and backbone_config were both given"):
+    with pytest.raises(ValueError, match=r"backbone='resnet34' was given.* a stored configuration"):
         DETRConfig.from_pretrained(tmp_path, backbone="resnet34")
 
 

@@ -15,10 +15,12 @@ from hf_querydet.recording import DotProductRecord
 def add_linear(
     first_layer: nn.Linear, first: Tensor, second_layer: nn.Linear, second: Tensor
 ) -> Tensor:
-    """The sum of two linear layers' outputs, biases added before they meet the tokens.
+    """The sum of two linear layers' outputs.
 
-    Added after, both biases have the same gradient, one sum over all tokens that is kept twice, for
-    which PyTorch 2.14's compiler writes C++ that no compiler takes (bfloat16 on CPUs).
+    Compiled, biases are added before they meet the tokens. Added after, both have the same
+    gradient, one sum over all tokens that is kept twice, for which PyTorch 2.14's compiler writes
+    C++ that no compiler takes (bfloat16 on CPUs). Otherwise the layers are called, which may be
+    more than their weights: adapters, quantised ones, with hooks.
 
     Args:
         first_layer: Of the same output size as ``second_layer``.
@@ -29,6 +31,9 @@ def add_linear(
     Returns:
         (..., output size).
     """
+    are_plain = type(first_layer) is type(second_layer) is nn.Linear
+    if not (torch.compiler.is_compiling() and are_plain):
+        return first_layer(first) + second_layer(second)
     bias = first_layer.bias + second_layer.bias
     output = nn.functional.linear(first, first_layer.weight, bias)
     return output + nn.functional.linear(second, second_layer.weight)

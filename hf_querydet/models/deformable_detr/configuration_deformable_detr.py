@@ -148,6 +148,8 @@ class DeformableDETRConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
+        if self.with_box_refine:
+            self.warn_of_untrained_heads()
         self.check_heads("encoder_attention_heads", "decoder_attention_heads")
         if self.d_model % NUM_GROUPS:
             raise ValueError(

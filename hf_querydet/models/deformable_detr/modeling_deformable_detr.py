@@ -210,7 +210,12 @@ class DeformableDETRModel(DeformableDETRPreTrainedModel):
             if config.position_embedding_type == "sine"
             else LearnedPositionEmbedding(config.d_model)
         )
-        self.level_embeddings = nn.Embedding(config.num_feature_levels, config.d_model)
+        # Only the encoder reads them.
+        self.level_embeddings = (
+            nn.Embedding(config.num_feature_levels, config.d_model)
+            if config.encoder_layers
+            else None
+        )
         if config.two_stage:
             self.memory_projection = nn.Linear(config.d_model, config.d_model)
             self.memory_norm = nn.LayerNorm(config.d_model)

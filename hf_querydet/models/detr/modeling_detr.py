@@ -249,6 +249,7 @@ class DETRForObjectDetection(ObjectDetectionMixin, DETRPreTrainedModel):
     def predict(self, outputs: DetectorModelOutput, first_layer: int) -> SetPredictions:
         """See :meth:`ObjectDetectionMixin.predict`."""
         hidden_states = outputs.intermediate_hidden_states[first_layer:]
-        return SetPredictions(
-            logits=self.class_head(hidden_states), pred_boxes=self.box_head(hidden_states).sigmoid()
-        )
+        boxes = self.box_head(hidden_states)
+        # At least float32: half types are too coarse for boxes.
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32)).sigmoid()
+        return SetPredictions(logits=self.class_head(hidden_states), pred_boxes=boxes)

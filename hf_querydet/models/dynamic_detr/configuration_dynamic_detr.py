@@ -163,6 +163,7 @@ class DynamicDETRConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
+        self.warn_of_untrained_heads()
         for field, choices in CHOICES.items():
             self.check_choice(field, choices)
         self.check_heads("decoder_attention_heads")
@@ -171,8 +172,6 @@ class DynamicDETRConfig(DetectorConfig):
                 f"d_model must be a multiple of {NUM_GROUPS}, the groups of the encoder's "
                 f"normalisation, got {self.d_model}."
             )
-        if self.encoder_layers < 0:
-            raise ValueError(f"encoder_layers must be at least 0, got {self.encoder_layers}.")
         self.check_at_least_1(
             "decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"
         )

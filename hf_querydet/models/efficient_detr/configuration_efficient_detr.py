@@ -142,6 +142,7 @@ class EfficientDETRConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
+        self.warn_of_untrained_heads()
         self.check_heads("encoder_attention_heads", "decoder_attention_heads")
         if self.d_model % NUM_GROUPS:
             raise ValueError(

@@ -211,7 +211,12 @@ class EfficientDETRModel(EfficientDETRPreTrainedModel):
             num_levels=config.num_feature_levels,
         )
         self.position_embedding = SinePositionEmbedding(config.d_model, offset=CELL_CENTER)
-        self.level_embeddings = nn.Embedding(config.num_feature_levels, config.d_model)
+        # Only the encoder reads them.
+        self.level_embeddings = (
+            nn.Embedding(config.num_feature_levels, config.d_model)
+            if config.encoder_layers
+            else None
+        )
         self.encoder_layers = nn.ModuleList(
             DeformableTransformerEncoderLayer(
                 hidden_size=config.d_model,

@@ -105,6 +105,7 @@ class SparseRCNNConfig(DetectorConfig):
             ValueError: Naming the field, its value and what is possible.
         """
         super().validate_architecture()
+        self.warn_of_untrained_heads()
         if self.encoder_layers != 0:
             raise ValueError(
                 f"encoder_layers must be 0, Sparse R-CNN has no encoder, got {self.encoder_layers}."
