@@ -35,8 +35,8 @@ def load_detection_dataset(
 
     - a dataset on the Hub, or a local folder that ``datasets`` can load, with the columns
       ``image``, ``image_id`` (optional) and ``objects``, which has ``bbox`` (COCO: left, top,
-      width, height in pixels), ``category`` or ``category_id``, and optionally ``area`` and
-      ``iscrowd``;
+      width, height in pixels), ``category``, ``category_id`` or ``categories``, and optionally
+      ``area`` and ``iscrowd``;
     - a folder of pictures with a ``metadata.jsonl`` of that form, or a folder of such folders named
       after the splits;
     - a COCO json, or a folder with an ``instances.json`` or ``_annotations.coco.json``, or a folder
@@ -71,6 +71,7 @@ def load_detection_dataset(
     rows, names = _load_rows(
         str(name_or_path), split, picture_dir, streaming, config_name, load_options
     )
+    is_coco_json = names is not None
     category_key, category = _find_category(rows.features, require_boxes)
     if isinstance(category, datasets.ClassLabel):
         names = dict(enumerate(category.names))
@@ -87,7 +88,7 @@ def load_detection_dataset(
         table = LabelTable.from_categories(
             names or categories, names=names, label_names=label_names
         )
-    reader = RowReader(table, category_key, _has_integer_ids(rows))
+    reader = RowReader(table, category_key, _has_integer_ids(rows), checks_sizes=is_coco_json)
     if streaming:
         return IterableDetectionDataset(rows, reader, skip_bad_images=skip_bad_images)
     _check_image_ids(rows, reader)

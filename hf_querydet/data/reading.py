@@ -13,7 +13,8 @@ from hf_querydet.coco_annotations import prepare_labels
 from hf_querydet.data.labels import LabelTable
 from hf_querydet.image_reading import turn_upright
 
-CATEGORY_KEYS = ("category", "category_id")
+# The second is COCO's, the third that of Hugging Face's guide to image folders.
+CATEGORY_KEYS = ("category", "category_id", "categories")
 
 
 class BadExampleError(ValueError):
@@ -25,19 +26,24 @@ class RowReader:
     """Reads one row of a dataset in the usual columns of the Hub.
 
     Columns: ``image`` (undecoded: path and bytes), ``image_id`` (optional), ``objects`` with
-    ``bbox`` (COCO: left, top, width, height in pixels), ``category`` or ``category_id``, and
-    optionally ``area`` and ``iscrowd``; either a mapping of lists or a list of mappings.
+    ``bbox`` (COCO: left, top, width, height in pixels), ``category``, ``category_id`` or
+    ``categories``, and optionally ``area`` and ``iscrowd``; either a mapping of lists or a list of
+    mappings. Where ``width`` and ``height`` are among the columns, see ``checks_sizes``.
 
     Attributes:
         label_table: From the dataset's categories to labels.
         category_key: Key of the category in ``objects``.
         has_image_ids: Whether the ``image_id`` column holds whole numbers. Where it does not, the
             number of the row stands for it.
+        checks_sizes: Whether the columns ``width`` and ``height`` must be those of the picture, as
+            in a COCO json. Elsewhere they may say something else, so that only one thing about them
+            is an error: that they are the size of a picture that EXIF turns.
     """
 
     label_table: LabelTable
     category_key: str
     has_image_ids: bool
+    checks_sizes: bool = False
 
     def image_id(self, row: Mapping[str, Any], row_number: int) -> int:
         """Number that identifies the picture of a row in results."""
@@ -60,7 +66,8 @@ class RowReader:
                 row, the image id and the file.
         """
         try:
-            image = _decode(row["image"])
+            image, stored_size = _decode(row["image"])
+            self._check_size(row, image.size, stored_size)
             annotations = self._annotations(row.get("objects"))
             annotation_set = {
                 "image_id": self.image_id(row, row_number),
@@ -78,6 +85,28 @@ class RowReader:
         """Row, image id and file, for messages."""
         file = (row["image"] or {}).get("path") or "stored in the dataset"
         return f"row {row_number} (image_id {row.get('image_id', row_number)}, file {file})"
+
+    def _check_size(
+        self, row: Mapping[str, Any], upright: tuple[int, int], stored: tuple[int, int]
+    ) -> None:
+        """Raise if boxes were measured on a picture of another size, as far as the row says so."""
+        size = row.get("width"), row.get("height")
+        if not all(isinstance(side, int) and side > 0 for side in size) or size == upright:
+            return
+        (width, height), shown = size, "x".join(map(str, upright))
+        if size == stored:
+            raise ValueError(
+                f"width and height say {width}x{height}, but by its EXIF orientation the picture "
+                f"is {shown}, and boxes belong to the upright picture. If they were drawn without "
+                "regard to EXIF, remove the orientation from the file (exiftool -Orientation= "
+                "FILE); if they were drawn on the upright picture, swap width and height."
+            )
+        if self.checks_sizes:
+            raise ValueError(
+                f"width and height say {width}x{height}, but the picture is {shown}; bring the "
+                "boxes to the picture's pixels and correct width and height, or take the pictures "
+                "that the boxes were drawn on."
+            )
 
     def _annotations(self, objects: Any) -> list[dict[str, Any]]:
         columns = objects_as_columns(objects)
@@ -112,7 +141,8 @@ def objects_as_columns(objects: Any) -> dict[str, list[Any]]:
     return {key: [each.get(key) for each in objects] for key in objects[0]}
 
 
-def _decode(image: Mapping[str, Any] | None) -> Image.Image:
+def _decode(image: Mapping[str, Any] | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture, upright, and its (width, height) before it was turned."""
     if image is None:
         raise ValueError("the image column is empty.")
     try:
@@ -122,9 +152,11 @@ def _decode(image: Mapping[str, Any] | None) -> Image.Image:
         if content is None and path is not None and Path(path).is_file():
             content = Path(path).read_bytes()
         if content is None:  # a stream's, which datasets fetches
-            return datasets.Image().decode_example({"path": path, "bytes": None})
+            fetched = datasets.Image().decode_example({"path": path, "bytes": None})
+            return fetched, fetched.size
         # Loads all pixels, which finds truncated files.
-        return turn_upright(Image.open(io.BytesIO(content)))
+        stored = Image.open(io.BytesIO(content))
+        return turn_upright(stored), stored.size
     # Pillow raises OSError, SyntaxError, struct.error and more, depending on the format.
     except Exception as error:
         raise ValueError(f"the picture cannot be read: {type(error).__name__}: {error}") from error

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from detection_data import OBJECTS, SIZES, write_image_folder, write_picture
+from detection_data import OBJECTS, SIZES, write_coco, write_image_folder, write_picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -414,16 +414,65 @@ def test_datasets_survive_pickling(image_folder, processor):
     assert torch.equal(copy[2]["pixel_values"], expected)
 
 
-def test_rotated_photos_are_read_upright(tmp_path):
-    folder = write_image_folder(tmp_path / "photos", OBJECTS[:1])
+def turn_by_exif(path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to see it upright"
-    with Image.open(folder / "0.png") as image:
-        image.copy().save(folder / "0.png", exif=exif)
+    with Image.open(path) as image:
+        image.copy().save(path, exif=exif)
+
+
+def test_rotated_photos_are_read_upright(tmp_path):
+    folder = write_image_folder(tmp_path / "photos", OBJECTS[:1])
+    turn_by_exif(folder / "0.png")
 
     image = load_detection_dataset(folder, split="train")[0]["image"]
 
     assert image.size == SIZES[0][::-1]
+
+
+def rotated_coco(folder, size):
+    """A COCO json that states this size of its one photo, stored 61x43, upright 43x61."""
+    objects = [[{"bbox": [1.0, 2.0, 20.0, 11.0], "category_id": 0}]]
+    json_file = write_coco(folder / "a.json", folder, [{"id": 0, "name": "cat"}], objects)
+    content = json.loads(json_file.read_text())
+    content["images"][0].update(zip(("width", "height"), size, strict=True))
+    json_file.write_text(json.dumps(content))
+    turn_by_exif(folder / content["images"][0]["file_name"])
+    return json_file
+
+
+def test_boxes_of_a_picture_before_it_was_turned_are_refused(tmp_path):
+    json_file = rotated_coco(tmp_path, (61, 43))
+
+    message = r"say 61x43, but by its EXIF orientation the picture is 43x61.*exiftool"
+    with pytest.raises(BadExampleError, match=message):
+        load_detection_dataset(json_file, split="train")[0]
+
+
+def test_boxes_of_a_picture_of_another_size_are_refused(tmp_path):
+    json_file = rotated_coco(tmp_path, (86, 122))
+
+    message = r"width and height say 86x122, but the picture is 43x61; bring the boxes"
+    with pytest.raises(BadExampleError, match=message):
+        load_detection_dataset(json_file, split="train")[0]
+
+
+@pytest.mark.parametrize("size", [(43, 61), (None, None), (0, 0)], ids=["right", "none", "zero"])
+def test_boxes_of_the_upright_picture_are_read(tmp_path, size):
+    json_file = rotated_coco(tmp_path, size)
+
+    assert load_detection_dataset(json_file, split="train")[0]["image"].size == (43, 61)
+
+
+def test_columns_width_and_height_may_say_something_else_unless_exif_turns_the_picture(tmp_path):
+    folder = write_image_folder(tmp_path / "photos", OBJECTS[:1])
+    change_row(folder, 0, width=122, height=86)  # as if pictures had been shrunk afterwards
+    assert load_detection_dataset(folder, split="train")[0]["image"].size == (61, 43)
+
+    change_row(folder, 0, width=61, height=43)
+    turn_by_exif(folder / "0.png")
+    with pytest.raises(BadExampleError, match=r"by its EXIF orientation the picture is 43x61"):
+        load_detection_dataset(folder, split="train")[0]
 
 
 def test_a_photo_with_broken_exif_data_is_read(tmp_path):
