@@ -11,6 +11,7 @@ from hf_querydet.data.labels import CategoryId
 
 # Names under which the usual tools put the annotations beside the pictures.
 COCO_FILE_NAMES = ("instances.json", "_annotations.coco.json")
+NEEDED_FIELDS = {"images": ("id", "file_name"), "categories": ("id", "name")}
 # How many pictures are looked for before a picture folder is taken for the wrong one.
 NUM_PICTURES_LOOKED_FOR = 50
 
@@ -32,12 +33,13 @@ def load_coco_rows(
         ``images``, and the name of each category id.
 
     Raises:
-        ValueError: If the file is not of that format, has no pictures, or an annotation belongs to
-            none of them.
+        ValueError: If the file is not of that format, lacks a field, has no pictures, or an
+            annotation belongs to none of them.
         FileNotFoundError: If the pictures are not in ``picture_dir``.
     """
     content = _read_json(json_file)
-    names = {category["id"]: str(category["name"]) for category in content["categories"]}
+    _check_fields(json_file, content)
+    names = _category_names(content)
     picture_dir = picture_dir or json_file.parent
     _check_image_ids(json_file, content)
     _check_picture_dir(json_file, content["images"], picture_dir)
@@ -49,6 +51,23 @@ def load_coco_rows(
     return datasets.Dataset.from_list(rows, features=_features(names, rows)), names
 
 
+def _category_names(content: dict[str, Any]) -> dict[CategoryId, str]:
+    """Name of each category id; of ids that share a name, those without annotations are left out.
+
+    Exports with supercategories list those too, before their members and often under the same name.
+    Where no id of a name has annotations, the last stands for it.
+    """
+    used = {annotation.get("category_id") for annotation in content["annotations"]}
+    names = {category["id"]: str(category["name"]) for category in content["categories"]}
+    used_names = {names[category] for category in used if category in names}
+    last = {name: category for category, name in names.items()}
+    return {
+        category: name
+        for category, name in names.items()
+        if category in used or (name not in used_names and category == last[name])
+    }
+
+
 def _row(image: dict[str, Any], annotations: list[dict[str, Any]], picture_dir: Path) -> dict:
     return {
         "image": {"bytes": None, "path": str(picture_dir / image["file_name"])},
@@ -56,7 +75,6 @@ def _row(image: dict[str, Any], annotations: list[dict[str, Any]], picture_dir: 
         "width": image.get("width"),
         "height": image.get("height"),
         "objects": {
-            "id": [annotation.get("id") for annotation in annotations],
             "bbox": [annotation.get("bbox") for annotation in annotations],
             "category_id": [annotation.get("category_id") for annotation in annotations],
             "area": [annotation.get("area") for annotation in annotations],
@@ -71,7 +89,6 @@ def _features(names: dict[CategoryId, str], rows: list[dict]) -> datasets.Featur
     string_ids = any(isinstance(row["image_id"], str) for row in rows)
     number = datasets.Value("float64")
     objects = {
-        "id": datasets.List(datasets.Value("int64")),
         "bbox": datasets.List(datasets.List(number)),
         "category_id": datasets.List(datasets.Value("string" if strings else "int64")),
         "area": datasets.List(number),
@@ -90,7 +107,8 @@ def _features(names: dict[CategoryId, str], rows: list[dict]) -> datasets.Featur
 
 def _read_json(json_file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(json_file.read_text(encoding="utf-8"))
+        # With or without the mark that tools on Windows write first.
+        content = json.loads(json_file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{json_file} is not valid json: {error}") from error
     keys = ("images", "annotations", "categories")
@@ -101,6 +119,17 @@ def _read_json(json_file: Path) -> dict[str, Any]:
             "categories."
         )
     return content
+
+
+def _check_fields(json_file: Path, content: dict[str, Any]) -> None:
+    """Name the fields that are missing where nothing could stand for them."""
+    for key, fields in NEEDED_FIELDS.items():
+        for number, entry in enumerate(content[key]):
+            missing = [field for field in fields if field not in entry]
+            if missing:
+                raise ValueError(
+                    f"{json_file}: {key}[{number}] lacks {missing}, it has {sorted(entry)}."
+                )
 
 
 def _check_image_ids(json_file: Path, content: dict[str, Any]) -> None:

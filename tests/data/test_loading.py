@@ -186,6 +186,16 @@ def test_objects_may_be_a_list_of_mappings(tmp_path):
     assert first == [{"bbox": [1.0, 2.0, 3.0, 4.0], "category_id": 0, "area": None, "iscrowd": 1}]
 
 
+def test_categories_may_be_called_as_in_the_guide_to_image_folders(tmp_path):
+    objects = {"bbox": [[5.0, 4.0, 20.0, 11.0]], "categories": ["cat"]}
+    folder = write_image_folder(tmp_path / "pets", [objects])
+
+    dataset = load_detection_dataset(folder, split="train")
+
+    assert dataset.id2label == {0: "cat"}
+    assert annotations_of(dataset)[0]["annotations"][0]["category_id"] == 0
+
+
 @pytest.mark.parametrize("image_ids", [None, ["b7", "b8"]], ids=["missing", "strings"])
 def test_rows_without_a_number_as_image_id_are_counted(tmp_path, image_ids):
     rows = table_rows(5)
@@ -276,6 +286,45 @@ def test_options_that_contradict_each_other(image_folder):
         load_detection_dataset(image_folder, split="train", picture_dir=image_folder)
 
 
+def test_a_category_without_annotations_that_shares_a_name_is_left_out(tmp_path):
+    categories = [
+        {"id": 0, "name": "dog"},
+        {"id": 3, "name": "cat"},
+        {"id": 7, "name": "dog"},
+        {"id": 8, "name": "owl"},
+        {"id": 9, "name": "owl"},
+    ]
+    write_coco(tmp_path / "instances.json", tmp_path, categories, COCO_OBJECTS)
+
+    dataset = load_detection_dataset(tmp_path, split="train")
+
+    assert dataset.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert dataset.label_to_category == {0: 3, 1: 7, 2: 9}
+
+
+def test_categories_with_annotations_may_not_share_a_name(tmp_path):
+    categories = [{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}]
+    write_coco(tmp_path / "instances.json", tmp_path, categories, COCO_OBJECTS)
+
+    with pytest.raises(ValueError, match=r"Two categories share one name: \['dog'\]"):
+        load_detection_dataset(tmp_path, split="train")
+
+
+@pytest.mark.parametrize("annotation_id", ["a1", 10**20], ids=["text", "huge"])
+def test_ids_of_annotations_may_be_anything(tmp_path, annotation_id):
+    objects = [[{**COCO_OBJECTS[0][0], "id": annotation_id}]]
+    write_coco(tmp_path / "instances.json", tmp_path, CATEGORIES, objects)
+
+    assert len(load_detection_dataset(tmp_path, split="train")) == 1
+
+
+def test_a_coco_json_may_begin_with_a_byte_order_mark(tmp_path):
+    json_file = write_coco(tmp_path / "instances.json", tmp_path, CATEGORIES, COCO_OBJECTS)
+    json_file.write_text(json_file.read_text(), encoding="utf-8-sig")
+
+    assert len(load_detection_dataset(tmp_path, split="train")) == 3
+
+
 def test_a_coco_json_that_is_missing_or_broken(tmp_path):
     broken, partial = tmp_path / "broken.json", tmp_path / "partial.json"
     broken.write_text('{"images": [')
@@ -313,8 +362,23 @@ def test_a_wrong_picture_dir_is_named_at_once(tmp_path):
             r"annotation 0 belongs to image_id 55, which is not among the images",
         ),
         (lambda content: content["images"].clear(), r"a\.json has no pictures"),
+        (
+            lambda content: content["images"][1].pop("id"),
+            r"a\.json: images\[1\] lacks \['id'\], it has \['file_name', 'height', 'width'\]",
+        ),
+        (lambda content: content["images"][0].pop("file_name"), r"images\[0\] lacks \['file_name'"),
+        (lambda content: content["categories"][2].pop("name"), r"categories\[2\] lacks \['name'\]"),
+        (lambda content: content["categories"][1].pop("id"), r"categories\[1\] lacks \['id'\]"),
     ],
-    ids=["repeated-picture", "orphan", "no-picture"],
+    ids=[
+        "repeated-picture",
+        "orphan",
+        "no-picture",
+        "no-image-id",
+        "no-file-name",
+        "no-category-name",
+        "no-category-id",
+    ],
 )
 def test_a_coco_json_that_contradicts_itself(tmp_path, edit, message):
     json_file = write_coco(tmp_path / "a.json", tmp_path, CATEGORIES, COCO_OBJECTS)
