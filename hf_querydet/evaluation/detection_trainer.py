@@ -1,5 +1,6 @@
 """transformers' Trainer with COCO numbers."""
 
+import logging
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingProgressCallback(TrainerCallback):
@@ -45,11 +48,21 @@ class DetectionTrainer(Trainer):
     form that survives.
 
     Training goes as with ``Trainer``; a model that has a schedule of its own is told how much of
-    the run is done, see :class:`TrainingProgressCallback`.
+    the run is done, see :class:`TrainingProgressCallback`. In a process that sees several GPUs it
+    uses the first one: ``Trainer`` would cut the labels of each picture into pieces for them
+    (``torch.nn.DataParallel``). For all of them start a process per GPU with ``accelerate launch``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible and the first one is used; `accelerate launch --multi_gpu` "
+                "or torchrun starts a process for each.",
+                self.args.n_gpu,
+            )
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
         self.add_callback(TrainingProgressCallback)
 
     def evaluation_loop(

@@ -1,5 +1,6 @@
 """The Trainer's numbers against an evaluation by hand of the same batches."""
 
+import logging
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from trainer_evaluation import by_hand, make_trainer
 from transformers import TrainerState, TrainingArguments
 
-from hf_querydet.evaluation.detection_trainer import TrainingProgressCallback
+from hf_querydet.evaluation.detection_trainer import DetectionTrainer, TrainingProgressCallback
 
 
 def test_the_trainer_gives_the_numbers_of_the_whole_set(tmp_path, detector, processor, dataset):
@@ -85,6 +86,18 @@ def progress_of_training(monkeypatch, folder, model, processor, max_steps, **opt
     trainer = make_trainer(folder, model, processor, None, args=arguments, train_dataset=Pictures())
     trainer.train(**options)
     return told
+
+
+def test_one_process_uses_one_gpu(tmp_path, detector, processor, dataset, caplog):
+    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=3, report_to="none")
+    arguments._n_gpu = 2  # as a process that sees two
+
+    with caplog.at_level(logging.WARNING):
+        trainer = DetectionTrainer(detector, arguments, train_dataset=dataset)
+
+    assert "2 GPUs are visible and the first one is used" in caplog.text
+    assert trainer.args.n_gpu == 1  # with more, Trainer wraps the model in DataParallel
+    assert trainer.get_train_dataloader().total_batch_size == 3
 
 
 def test_the_model_is_told_how_much_of_the_run_is_done(tmp_path, detector, processor, monkeypatch):
