@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
 from hf_querydet.data.coco import COCO_FILE_NAMES, load_coco_rows
 from hf_querydet.data.detection_dataset import DetectionDataset, IterableDetectionDataset
 from hf_querydet.data.labels import CategoryId, LabelTable, names_by_category
+from hf_querydet.data.local_folders import (
+    METADATA,
+    coco_splits,
+    find_coco_file,
+    find_metadata,
+    name_other_format,
+)
 from hf_querydet.data.reading import CATEGORY_KEYS, RowReader, objects_as_columns
 
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -38,7 +46,8 @@ def load_detection_dataset(
       width, height in pixels), ``category``, ``category_id`` or ``categories``, and optionally
       ``area`` and ``iscrowd``;
     - a folder of pictures with a ``metadata.jsonl`` of that form, or a folder of such folders named
-      after the splits;
+      after the splits, or such folders of pictures with one ``metadata.jsonl`` above them, whose
+      file names begin with the split (``train/a.jpg``);
     - a COCO json, or a folder with an ``instances.json`` or ``_annotations.coco.json``, or a folder
       of such folders. ``{split}`` in the path (and in ``picture_dir``) stands for the split:
       ``"coco/annotations/instances_{split}.json"``.
@@ -72,7 +81,11 @@ def load_detection_dataset(
         str(name_or_path), split, picture_dir, streaming, config_name, load_options
     )
     is_coco_json = names is not None
-    category_key, category = _find_category(rows.features, require_boxes)
+    try:
+        category_key, category = _find_category(rows.features, require_boxes)
+    except ValueError as error:
+        hint = name_other_format(_local_path(name_or_path, split))
+        raise ValueError(f"{error}{hint}") from error
     if isinstance(category, datasets.ClassLabel):
         names = dict(enumerate(category.names))
     if label_table is not None:
@@ -123,8 +136,10 @@ def check_splits_differ(name_or_path: str | Path, *, train_split: str, eval_spli
 
 def _find_source(name_or_path: str, split: str) -> Path | None:
     """The COCO json or picture folder that a split is read from; None for what `datasets` loads."""
-    path = Path(name_or_path.replace("{split}", split)).expanduser()
-    return _find_coco_file(path, split) or _find_metadata_folder(path, split)
+    path = _local_path(name_or_path, split)
+    json_file = find_coco_file(path, split)
+    metadata = None if json_file else find_metadata(path, split)
+    return metadata.path / metadata.part if metadata else json_file
 
 
 def _load_rows(
@@ -136,10 +151,10 @@ def _load_rows(
     load_options: dict[str, Any],
 ) -> tuple[Rows, dict[CategoryId, str] | None]:
     """Rows with undecoded pictures, and the names of a COCO json's categories."""
-    path = Path(name_or_path.replace("{split}", split)).expanduser()
-    json_file = _find_coco_file(path, split)
+    path = _local_path(name_or_path, split)
+    json_file = find_coco_file(path, split)
     if json_file is not None:
-        pictures = picture_dir and Path(str(picture_dir).replace("{split}", split)).expanduser()
+        pictures = picture_dir and _local_path(picture_dir, split)
         rows, names = load_coco_rows(json_file, pictures)
         return (rows.to_iterable_dataset() if streaming else rows), names
     if picture_dir is not None:
@@ -147,45 +162,40 @@ def _load_rows(
             f"picture_dir belongs to a COCO json, but {name_or_path} is none and contains none "
             f"named {' or '.join(COCO_FILE_NAMES)}."
         )
-    folder = _find_metadata_folder(path, split)
-    if folder is not None:
-        _check_metadata(folder / "metadata.jsonl")
+    if path.is_file():
+        hint = name_other_format(path.parent) or " Name its folder."
+        raise ValueError(f"{path} is a file, but no COCO json.{hint}")
+    metadata = find_metadata(path, split)
+    source: dict[str, Any] = {"path": name_or_path, "name": config_name}
+    if metadata is not None:
+        _check_metadata(metadata.path / METADATA)
         # Named file by file: split names inside file names would otherwise be taken for splits.
-        files = {split: str(Path(glob.escape(str(folder))) / "**")}
-        rows = datasets.load_dataset(
-            "imagefolder", data_files=files, split=split, streaming=streaming, **load_options
-        )
-    else:
-        rows = datasets.load_dataset(
-            name_or_path, config_name, split=split, streaming=streaming, **load_options
-        )
+        files = {split: str(Path(glob.escape(str(metadata.path))) / "**")}
+        source = {"path": "imagefolder", "data_files": files}
+    elif coco_splits(path):
+        raise ValueError(f"{path} has no split {split!r}; its splits are {coco_splits(path)}.")
+    try:
+        rows = datasets.load_dataset(**source, split=split, streaming=streaming, **load_options)
+    except DatasetGenerationError as error:
+        hint = name_other_format(path) or f" {error.__cause__ or error}"
+        raise ValueError(f"{name_or_path} cannot be read.{hint}") from error
     if rows.features is None:
         rows = rows._resolve_features()
     if "image" in rows.features:
         rows = rows.cast_column("image", datasets.Image(decode=False))
+        if metadata is not None and metadata.part:
+            rows = rows.filter(metadata.holds, input_columns="image")
     return rows, None
-
-
-def _find_coco_file(path: Path, split: str) -> Path | None:
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
-        return path
-    if _find_metadata_folder(path, split) is not None:
-        return None
-    candidates = [folder / name for folder in (path / split, path) for name in COCO_FILE_NAMES]
-    return next((file for file in candidates if file.is_file()), None)
-
-
-def _find_metadata_folder(path: Path, split: str) -> Path | None:
-    folders = (path / split, path)
-    return next((folder for folder in folders if (folder / "metadata.jsonl").is_file()), None)
 
 
 def _check_metadata(file: Path) -> None:
     with file.open(encoding="utf-8") as lines:
         if not any(line.strip() for line in lines):
             raise ValueError(f"{file} has no pictures: it is empty.")
+
+
+def _local_path(path: str | Path, split: str) -> Path:
+    return Path(str(path).replace("{split}", split)).expanduser()
 
 
 def _find_category(features: datasets.Features, require_boxes: bool) -> tuple[str, Any]:

@@ -77,6 +77,94 @@ def test_folders_named_after_splits_are_found_and_numbered_by_the_training_split
     assert annotations_of(validation)[0]["annotations"][0]["category_id"] == 2
 
 
+def write_metadata_above(root, folders, objects=OBJECTS):
+    """Pictures in one folder each, and one metadata.jsonl above all of them."""
+    lines = []
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        write_picture(root / folder / f"{number}.png", SIZES[number], seed=number)
+        row = {"file_name": f"{folder}/{number}.png", "image_id": number, "objects": objects[0]}
+        lines.append(json.dumps(row))
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("prefix", ["", "images/"])
+def test_folders_of_splits_below_one_metadata_file_are_splits(tmp_path, prefix, streaming):
+    # The name of a split also stands above, where it says nothing.
+    folders = [prefix + split for split in ("train", "val2017", "train")]
+    root = write_metadata_above(tmp_path / "validation" / "pets", folders)
+    options = {"streaming": streaming, "label_names": ["cat", "dog"] if streaming else None}
+
+    train = load_detection_dataset(root, split="train", **options)
+    validation = load_detection_dataset(root, split="val2017", **options)
+
+    assert [each["image_id"] for each in annotations_of(train)] == [0, 2]
+    assert [each["image_id"] for each in annotations_of(validation)] == [1]
+    assert [item["image"].size for item in train] == [SIZES[0], SIZES[2]]
+    message = r"no picture in a folder 'validation'; .* its splits are \['train', 'val2017'\]"
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(root, split="validation", **options)
+
+
+def test_folders_that_are_no_splits_are_one_split_together(tmp_path):
+    root = write_metadata_above(tmp_path / "pets", ["indoors", "outdoors"])
+
+    assert len(load_detection_dataset(root, split="train")) == 2
+
+
+def test_a_broken_line_of_metadata_is_named(image_folder):
+    with (image_folder / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "4.png"')
+
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 5, is not valid json"):
+        load_detection_dataset(image_folder, split="train")
+
+
+def test_splits_of_a_folder_of_coco_jsons_are_listed(tmp_path):
+    for split in ("train", "valid"):
+        json_file = tmp_path / split / "_annotations.coco.json"
+        write_coco(json_file, tmp_path / split, CATEGORIES, COCO_OBJECTS)
+
+    message = r"has no split 'validation'; its splits are \['train', 'valid'\]"
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "found"),
+    [
+        (["JPEGImages/a.jpg", "Annotations/a.xml"], "Pascal VOC", "Annotations/a.xml"),
+        (["train/a.jpg", "train/a.xml"], "Pascal VOC", "train/a.xml"),
+        (["images/train/a.jpg", "labels/train/a.txt"], "YOLO", "labels/train/a.txt"),
+        (["train/images/a.jpg", "data.yaml"], "YOLO", "data.yaml"),
+    ],
+    ids=["voc", "voc-beside", "yolo", "yolo-yaml"],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, files, name, found):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("text")
+    write_picture(tmp_path / files[0], SIZES[0])
+
+    message = rf"looks like {name} \({found}\), which is not read: convert it to a COCO json"
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(tmp_path, split="train")
+
+
+def test_what_datasets_cannot_read_is_an_error_with_its_cause(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"image": 1}\n{"image": ')
+
+    with pytest.raises(ValueError, match=r"cannot be read\. .*JSON"):
+        load_detection_dataset(tmp_path, split="train")
+
+
+def test_a_file_that_is_no_json_is_an_error(image_folder):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is a file, but no COCO json\. Name its"):
+        load_detection_dataset(image_folder / "metadata.jsonl", split="train")
+
+
 def test_a_folder_may_hold_glob_characters_and_split_names_in_its_files(tmp_path):
     folder = write_image_folder(tmp_path / "[1] pets*")
     (folder / "0.png").rename(folder / "test-0.png")

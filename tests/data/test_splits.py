@@ -28,6 +28,12 @@ def test_one_folder_or_json_is_not_two_splits(tmp_path, source, file):
         check_splits_differ(tmp_path / source, **SPLITS)
 
 
+def test_folders_below_one_metadata_file_are_two_splits(tmp_path):
+    names = ["train/a.jpg", "validation/b.jpg"]
+    (tmp_path / "metadata.jsonl").write_text("".join(f'{{"file_name": "{n}"}}\n' for n in names))
+    check_splits_differ(tmp_path, **SPLITS)
+
+
 def test_same_name_is_a_choice(tmp_path):
     touch(tmp_path / "instances.json")
     check_splits_differ(tmp_path, train_split="train", eval_split="train")
