@@ -75,7 +75,7 @@ def evaluate(
     The dataset's categories are joined to the model's labels by name. Runs on several GPUs or
     machines under `accelerate launch -m hf_querydet evaluate ...`.
     """
-    from hf_querydet.data import load_detection_dataset
+    from hf_querydet.data import load_detection_dataset, parse_label_names
     from hf_querydet.evaluation import (
         CocoEvaluator,
         evaluate_detector,
@@ -92,7 +92,7 @@ def evaluate(
         data = load_detection_dataset(
             dataset,
             split=split,
-            label_names=label_names.split(",") if label_names else None,
+            label_names=parse_label_names(label_names) if label_names else None,
             picture_dir=picture_dir,
             streaming=streaming,
             skip_bad_images=skip_bad_images,

@@ -2,7 +2,7 @@
 
 from hf_querydet.data.collate import DetectionCollator
 from hf_querydet.data.detection_dataset import DetectionDataset, IterableDetectionDataset
-from hf_querydet.data.labels import LabelTable
+from hf_querydet.data.labels import LabelTable, parse_label_names
 from hf_querydet.data.loading import check_splits_differ, load_detection_dataset
 from hf_querydet.data.reading import BadExampleError
 from hf_querydet.data.transforms import DetectionAugmentation
@@ -16,4 +16,5 @@ __all__ = [
     "LabelTable",
     "check_splits_differ",
     "load_detection_dataset",
+    "parse_label_names",
 ]

@@ -151,6 +151,18 @@ def names_by_category(
     return {name: name for name in label_names} if by_name else dict(enumerate(label_names))
 
 
+def parse_label_names(text: str) -> list[str]:
+    """Names from a comma-separated list, as a command line has it; blanks around them do not count.
+
+    Raises:
+        ValueError: If a name is empty: later ones would stand for other numbers than meant.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise ValueError(f"label_names must be names with commas between them, got {text!r}.")
+    return names
+
+
 def _shortened(values: Iterable[CategoryId], limit: int = 20) -> str:
     """The values in order, as text that stays readable with a thousand of them."""
     ordered = sorted(values, key=lambda value: (isinstance(value, str), value))

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import typer
+from datasets.exceptions import DatasetsError
 from typer.testing import CliRunner
 
 from hf_querydet.cli.errors import logger, without_traceback
@@ -18,7 +19,7 @@ def run(error):
     return CliRunner().invoke(app, ["this"])
 
 
-@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ImportError])
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ImportError, DatasetsError])
 def test_error_that_input_can_cause_is_one_line(error):
     result = run(error)
 

@@ -155,6 +155,15 @@ def test_score_threshold_drops_rows(model, coco, tmp_path):
     assert read(tmp_path / "some.json") == kept
 
 
+def test_blanks_around_label_names_do_not_count(model, tmp_path):
+    objects = [{"bbox": [[12, 4, 30, 20]], "category": [1]}]
+    folder = write_image_folder(tmp_path / "numbers", objects)
+
+    assert "1 pictures of" in run(model, folder, "--label-names", f"{ID2LABEL[0]} , {ID2LABEL[2]}")
+    message = run(model, folder, "--label-names", f"{ID2LABEL[0]},,{ID2LABEL[2]}", code=1)
+    assert "label_names must be names with commas between them" in message
+
+
 def test_category_that_the_model_lacks_is_named(model, coco, tmp_path):
     content = read(coco)
     content["categories"][0]["name"] = "owl"
