@@ -50,7 +50,8 @@ def load_detection_dataset(
       file names begin with the split (``train/a.jpg``);
     - a COCO json, or a folder with an ``instances.json`` or ``_annotations.coco.json``, or a folder
       of such folders. ``{split}`` in the path (and in ``picture_dir``) stands for the split:
-      ``"coco/annotations/instances_{split}.json"``.
+      ``"coco/annotations/instances_{split}.json"``. A width and height that it states must be those
+      of the upright picture, which its boxes belong to.
 
     Categories are numbered 0..K-1 once: in the order of a ClassLabel, else sorted. Pass the
     ``label_table`` of the training split on to the other splits, so that all are numbered alike.
