@@ -4,7 +4,11 @@ from hf_querydet.file_writing import write_directory, write_json
 from hf_querydet.training.batch_statistics import average_statistics
 from hf_querydet.training.finite_loss import NonFiniteLossError, mean_loss_terms
 from hf_querydet.training.hub import HubError, HubRepository, prepare_repository
-from hf_querydet.training.optimization import learning_rate_schedule, parameter_groups
+from hf_querydet.training.optimization import (
+    continue_schedule,
+    learning_rate_schedule,
+    parameter_groups,
+)
 from hf_querydet.training.options import (
     NO_SPLIT,
     fill_from_recipe,
@@ -17,6 +21,7 @@ from hf_querydet.training.run_directory import (
     checkpoint_name,
     list_checkpoints,
     open_run_directory,
+    rename_checkpoint,
     save_checkpoint,
 )
 from hf_querydet.training.weight_average import weight_average
@@ -30,6 +35,7 @@ __all__ = [
     "TrainingProgress",
     "average_statistics",
     "checkpoint_name",
+    "continue_schedule",
     "fill_from_recipe",
     "learning_rate_schedule",
     "list_checkpoints",
@@ -38,6 +44,7 @@ __all__ = [
     "parameter_groups",
     "parse_options",
     "prepare_repository",
+    "rename_checkpoint",
     "save_checkpoint",
     "shown_command",
     "shown_options",

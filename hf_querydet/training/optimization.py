@@ -93,3 +93,25 @@ def learning_rate_schedule(
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return LambdaLR(optimizer, factor)
+
+
+def continue_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Go on at a step, with the peaks and the weight decay that the optimizer was made with.
+
+    Loading an optimizer brings the learning rates and the weight decay of its checkpoint beside the
+    moments. What is asked for now rules; with the settings of before nothing changes.
+
+    Args:
+        scheduler: Of :func:`learning_rate_schedule`, whose own state has not been loaded: all that
+            it knows follows from its settings and the step.
+        step: Optimizer steps done.
+    """
+    optimizer = scheduler.optimizer
+    scheduler.last_epoch = step
+    scheduler._last_lr = []
+    for group, peak, factor in zip(
+        optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["initial_lr"], group["lr"] = peak, peak * factor(step)
+        group["weight_decay"] = optimizer.defaults["weight_decay"]
+        scheduler._last_lr.append(group["lr"])

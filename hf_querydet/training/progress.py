@@ -1,5 +1,6 @@
 """How far a training run has come, and how fast it goes."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,17 +14,19 @@ class TrainingProgress:
     Attributes:
         pictures_per_batch: Of all processes together.
         batches_per_epoch: Of each process; None for a stream, which has no length.
+        batches_per_step: Batches whose gradients make one optimizer step.
         epoch: Epoch that is running, from 0.
         batch: Batches of it that are done.
         loss_sum: Sum of the loss over these batches.
         step: Optimizer steps done since the start.
-        best_map: Highest AP of an evaluation so far; -1 before the first.
+        best_map: Highest AP of an evaluation so far; -1 where there was none.
         best_epoch: Number of epochs that were done at that evaluation.
         history: Results of every epoch.
     """
 
     pictures_per_batch: int
     batches_per_epoch: int | None
+    batches_per_step: int = 1
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
@@ -31,6 +34,13 @@ class TrainingProgress:
     best_map: float = -1.0
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; None for a stream."""
+        if self.batches_per_epoch is None:
+            return None
+        return math.ceil(self.batches_per_epoch / self.batches_per_step)
 
     @property
     def epochs_since_best(self) -> int:
@@ -41,18 +51,18 @@ class TrainingProgress:
         """Note the results of the epoch that has just ended.
 
         Args:
-            result: ``map`` decides what is best. Without evaluation there is none, and the newest
-                is the best.
+            result: ``map`` decides what is best. Without evaluation there is none, or it is -1
+                because no picture has a box, and the newest is the best.
 
         Returns:
             Whether this is the best epoch so far.
         """
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         self.history.append(result)
-        is_first = self.best_epoch == 0
-        is_best = is_first or "map" not in result or result["map"] > self.best_map
+        average_precision = result.get("map", -1.0)
+        is_best = average_precision < 0 or average_precision > self.best_map
         if is_best:
-            self.best_map, self.best_epoch = result.get("map", -1.0), self.epoch
+            self.best_map, self.best_epoch = average_precision, self.epoch
         return is_best
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,20 +72,25 @@ class TrainingProgress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the fields from :meth:`state_dict`.
 
+        Where batches are others now, ``step`` becomes what it would be had all epochs had these.
+
         Raises:
             ValueError: If the checkpoint was made in the middle of an epoch and batches are others
                 now, so that its place in the epoch means nothing.
         """
-        saved = {name: state[name] for name in ("pictures_per_batch", "batches_per_epoch")}
-        current = {name: getattr(self, name) for name in saved}
+        names = ("pictures_per_batch", "batches_per_epoch", "batches_per_step")
+        saved = {name: state[name] for name in names}
+        current = {name: getattr(self, name) for name in names}
         if state["batch"] and saved != current:
             raise ValueError(
                 f"The checkpoint was made after {state['batch']} batches of an epoch with {saved}, "
-                f"now there are {current}. Resume with the data, batch size and number of "
-                "processes of before, or from a checkpoint at the end of an epoch."
+                f"now there are {current}. Resume with the data, batch size, accumulation and "
+                "number of processes of before, or from a checkpoint at the end of an epoch."
             )
         for name, value in {**state, **current}.items():
             setattr(self, name, value)
+        if saved != current and self.steps_per_epoch is not None:
+            self.step = self.epoch * self.steps_per_epoch
 
 
 class ThroughputMeter:

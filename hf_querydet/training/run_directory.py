@@ -72,6 +72,27 @@ def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step
     accelerator.wait_for_everyone()
 
 
+def rename_checkpoint(accelerator: Accelerator, checkpoint: Path, step: int) -> None:
+    """Let a run whose steps are counted anew go on from a checkpoint.
+
+    Checkpoints are told apart by their steps, so that those of the old count would be taken for
+    newer ones: the one that is continued gets its new number, the others are deleted. Every process
+    must call this.
+
+    Args:
+        accelerator: That has loaded ``checkpoint``.
+        checkpoint: As :func:`open_run_directory` returns it.
+        step: Of the new count, for the name.
+    """
+    name = checkpoint_name(step)
+    if name != checkpoint.name and accelerator.is_main_process:
+        for other in list_checkpoints(checkpoint.parent):
+            if other != checkpoint:
+                shutil.rmtree(other)
+        checkpoint.rename(checkpoint.with_name(name))
+    accelerator.wait_for_everyone()
+
+
 def checkpoint_name(step: int) -> str:
     """Directory name of a checkpoint; names sort by step."""
     return f"step_{step:08d}"

@@ -27,27 +27,39 @@ def test_without_evaluation_the_newest_is_the_best():
     assert [progress.finish_epoch({}) for _ in range(2)] == [True, True]
 
 
-def test_first_epoch_is_the_best_although_its_ap_is_undefined():
+def test_undefined_ap_is_no_evaluation():
     progress = TrainingProgress(8, 3)
-    assert [progress.finish_epoch({"map": -1.0}) for _ in range(2)] == [True, False]
+    assert [progress.finish_epoch({"map": -1.0}) for _ in range(2)] == [True, True]
+    assert progress.finish_epoch({"map": 0.0})
+    assert progress.epochs_since_best == 0
 
 
 def test_progress_comes_back_from_its_state():
-    saved = TrainingProgress(8, 3, epoch=2, batch=1, loss_sum=3.5, step=7, best_map=0.25)
-    loaded = TrainingProgress(8, 3)
+    saved = TrainingProgress(8, 3, 2, epoch=2, batch=1, loss_sum=3.5, step=7, best_map=0.25)
+    loaded = TrainingProgress(8, 3, 2)
     loaded.load_state_dict(saved.state_dict())
     assert loaded == saved
 
 
-@pytest.mark.parametrize("changes", [{"pictures_per_batch": 4}, {"batches_per_epoch": 6}])
-def test_other_batches_cannot_continue_in_the_middle_of_an_epoch(changes):
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"pictures_per_batch": 4, "batches_per_epoch": 6}, 12),
+        ({"batches_per_epoch": 5}, 10),
+        ({"batches_per_step": 2}, 4),
+        # A stream's epochs have no number of steps.
+        ({"pictures_per_batch": 4, "batches_per_epoch": None}, 7),
+    ],
+)
+def test_other_batches_continue_at_the_end_of_an_epoch_only(changes, step):
     now = TrainingProgress(**{"pictures_per_batch": 8, "batches_per_epoch": 3, **changes})
     in_the_middle = TrainingProgress(8, 3, epoch=2, batch=1)
     with pytest.raises(ValueError, match=r"after 1 batches of an epoch with .*'batches_per_epoch'"):
         now.load_state_dict(in_the_middle.state_dict())
 
-    now.load_state_dict(TrainingProgress(8, 3, epoch=2).state_dict())
-    assert now == TrainingProgress(**now.state_dict() | {"epoch": 2} | changes)
+    now.load_state_dict(TrainingProgress(8, 3, epoch=2, step=7, best_map=0.5).state_dict())
+    before = {"pictures_per_batch": 8, "batches_per_epoch": 3}
+    assert now == TrainingProgress(**before | changes, epoch=2, step=step, best_map=0.5)
 
 
 def test_throughput_counts_pictures_and_waiting(monkeypatch):

@@ -1,11 +1,13 @@
 """Directories of a run, whatever moment it was killed at."""
 
 import pytest
+from accelerate import Accelerator
 
 from hf_querydet.training import (
     checkpoint_name,
     list_checkpoints,
     open_run_directory,
+    rename_checkpoint,
     write_directory,
     write_json,
 )
@@ -53,6 +55,25 @@ def test_model_set_aside_by_an_interrupted_replacement_is_put_back(tmp_path, mon
     open_run_directory(tmp_path, resume=True)
 
     assert (tmp_path / "best" / "value").read_text() == "old"
+
+
+@pytest.mark.parametrize("step", [40, 900, 2000])
+def test_checkpoint_of_another_count_is_the_newest_one(tmp_path, step):
+    for old in (900, 1000):
+        write_directory(tmp_path / "checkpoints" / checkpoint_name(old), write_value(str(old)))
+
+    rename_checkpoint(Accelerator(cpu=True), open_run_directory(tmp_path, resume=True), step)
+
+    (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
+    assert checkpoint.name == checkpoint_name(step)
+    assert (checkpoint / "value").read_text() == "1000"
+
+
+def test_checkpoint_of_the_same_count_stays_with_the_one_before(tmp_path):
+    for old in (900, 1000):
+        write_directory(tmp_path / "checkpoints" / checkpoint_name(old), write_value(str(old)))
+    rename_checkpoint(Accelerator(cpu=True), open_run_directory(tmp_path, resume=True), 1000)
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
 
 
 def test_newest_complete_checkpoint_is_taken(tmp_path):
