@@ -12,8 +12,13 @@ import sys
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_querydet import load_detector
-from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
+from hf_querydet import load_detector_for_labels
+from hf_querydet.data import (
+    DetectionAugmentation,
+    DetectionCollator,
+    check_splits_differ,
+    load_detection_dataset,
+)
 from hf_querydet.evaluation import DetectionTrainer, format_table
 
 
@@ -32,10 +37,13 @@ def main() -> None:
     )
     (arguments,) = parser.parse_args_into_dataclasses(options)
 
+    check_splits_differ(dataset, train_split="train", eval_split="validation")
     train = load_detection_dataset(dataset, split="train")
     table = train.label_table
     validation = load_detection_dataset(dataset, split="validation", label_table=table)
-    model, processor = load_detector(name, id2label=train.id2label, label2id=train.label2id)
+    model, processor, _ = load_detector_for_labels(name, train.id2label)
+    # The model's labels rule: it keeps those that it has.
+    train, validation = (data.with_labels(model.config.id2label) for data in (train, validation))
     trainer = DetectionTrainer(
         model=model,
         args=arguments,

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from script_runs import EXAMPLES, run_script
 from tiny import tiny_config
 from transformers import pipeline
 
+import hf_querydet
 from hf_querydet import VARIANTS
 from hf_querydet.demo import SHAPES
 
@@ -38,6 +40,31 @@ def test_result_works_in_a_pipeline(run, scenes):
     detect = pipeline("object-detection", model=str(run[1]))
     found = detect(str(scenes / "validation" / "0.png"), threshold=0.0)
     assert {each["label"] for each in found} <= set(SHAPES)
+
+
+def test_names_of_the_detector_keep_their_labels(run, scenes, tmp_path):
+    detector, processor = hf_querydet.load_detector(run[1])
+    names = list(detector.config.id2label.values())[::-1]
+    config = detector.config
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
+    detector.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), str(scenes), "--output_dir", str(tmp_path / "out")]
+    words += ["--max_steps", "1", "--learning_rate", "0", "--use_cpu", "--report_to", "none"]
+
+    run_script(words, SCRIPT)
+
+    trained, _ = hf_querydet.load_detector(tmp_path / "out")
+    assert list(trained.config.id2label.values()) == names
+    assert torch.equal(trained.class_head.weight, detector.class_head.weight)
+
+
+def test_two_splits_in_one_folder_are_an_error(run, scenes):
+    words = run[2]
+    words = [words[0], str(scenes / "train"), *words[2:]]
+    with pytest.raises(ValueError, match="has one split: 'train' and 'validation' would both"):
+        run_script(words, SCRIPT)
 
 
 def test_it_continues_from_a_checkpoint(run):
