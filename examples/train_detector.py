@@ -31,8 +31,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from hf_querydet import VARIANTS, load_detector, training, variant_of
-from hf_querydet.data import DetectionAugmentation, DetectionCollator, load_detection_dataset
+from hf_querydet import VARIANTS, load_detector_for_labels, training, variant_of
+from hf_querydet.data import (
+    DetectionAugmentation,
+    DetectionCollator,
+    check_splits_differ,
+    load_detection_dataset,
+    parse_label_names,
+)
 from hf_querydet.evaluation import CocoEvaluator, evaluate_detector, format_table
 from hf_querydet.model_card import CardFacts, write_model_card
 from hf_querydet.recipe_utils import Recipe
@@ -78,7 +84,7 @@ def build_accelerator(options: argparse.Namespace) -> Accelerator:
         # Said in so many words, or several processes without a GPU would each train alone.
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=options.gradient_accumulation,
-        mixed_precision=options.mixed_precision,
+        mixed_precision=options.mixed_precision,  # None: the launcher's
         log_with=options.report_to,
         project_config=ProjectConfiguration(project_dir=options.output_dir),
         dataloader_config=DataLoaderConfiguration(
@@ -89,7 +95,7 @@ def build_accelerator(options: argparse.Namespace) -> Accelerator:
         ),
         step_scheduler_with_optimizer=False,
     )
-    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU; on a CPU use bf16 or no.")
     if options.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--ema-decay needs all weights in each process; FSDP divides them.")
@@ -103,12 +109,17 @@ def load_data(options: argparse.Namespace) -> tuple[Any, Any]:
         "streaming": options.streaming,
         "skip_bad_images": options.skip_bad_images,
     }
-    names = options.label_names.split(",") if options.label_names else None
+    evaluates = options.eval_split != training.NO_SPLIT
+    if evaluates:
+        check_splits_differ(
+            options.dataset, train_split=options.train_split, eval_split=options.eval_split
+        )
+    names = parse_label_names(options.label_names) if options.label_names else None
     train_data = load_detection_dataset(
         options.dataset, split=options.train_split, label_names=names, **common
     )
     eval_data = None
-    if options.eval_split != training.NO_SPLIT:
+    if evaluates:
         eval_data = load_detection_dataset(
             options.dataset, split=options.eval_split, label_table=train_data.label_table, **common
         )
@@ -121,10 +132,6 @@ def load_data(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def build_model(options: argparse.Namespace, accelerator: Accelerator, id2label: dict[int, str]):
     """Model and image processor for the dataset's labels; whether the backbone is pretrained."""
-    size = {}
-    if options.shortest_edge:
-        longest_edge = options.longest_edge or round(options.shortest_edge * 1333 / 800)
-        size = {"size": {"shortest_edge": options.shortest_edge, "longest_edge": longest_edge}}
     if options.model in VARIANTS:
         variant = VARIANTS[options.model]
         fields = {"use_pretrained_backbone": options.pretrained_backbone, **options.model_option}
@@ -136,21 +143,49 @@ def build_model(options: argparse.Namespace, accelerator: Accelerator, id2label:
             f"{'published' if config.use_pretrained_backbone else 'random'} weights, its norms are "
             f"{config.backbone_norm}, {config.frozen_backbone_stages} of its stages are frozen.",
         )
-        processor = variant.image_processor.for_config(config, **size)
-        return variant.detector(config), processor, config.use_pretrained_backbone
-    fields = dict(options.model_option)
-    if set(load_config(options.model).id2label.values()) == set(id2label.values()):
-        say(accelerator, "The model has the dataset's labels: its class head is kept.")
+        processor = variant.image_processor.for_config(config)
+        model, pretrained = variant.detector(config), config.use_pretrained_backbone
     else:
-        say(accelerator, f"New class head for {len(id2label)} labels.")
-        fields["id2label"] = id2label
-    model, processor = load_detector(options.model, **fields)
-    if size:
-        processor.size = processor.size.__class__(**size["size"])
-    return model, processor, True
+        model, processor, keeps_head = load_detector_for_labels(
+            options.model, id2label, **options.model_option
+        )
+        pretrained = True
+        say(
+            accelerator,
+            "The model has the dataset's labels: its class head is kept."
+            if keeps_head
+            else f"New class head for {len(id2label)} labels.",
+        )
+    set_picture_size(options, processor)
+    return model, processor, pretrained
 
 
-def build_dataloaders(options: argparse.Namespace, train_data: Any, eval_data: Any, processor: Any):
+def set_picture_size(options: argparse.Namespace, processor: Any) -> None:
+    """Put the given edges in place of the processor's."""
+    shortest_edge, longest_edge = options.shortest_edge, options.longest_edge
+    if shortest_edge is None and longest_edge is None:
+        return
+    if shortest_edge is None:
+        shortest_edge = processor.size.shortest_edge
+        if shortest_edge is None:
+            raise ValueError(
+                f"--longest-edge {longest_edge} limits a shortest edge, but the size of "
+                f"{options.model} is {dict(processor.size)}; give --shortest-edge as well."
+            )
+    size = {
+        "shortest_edge": shortest_edge,
+        "longest_edge": longest_edge or round(shortest_edge * 1333 / 800),
+    }
+    processor.size = processor.size.__class__(**size)
+
+
+def build_dataloaders(
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    train_data: Any,
+    eval_data: Any,
+    processor: Any,
+):
     augmentation = None
     if options.augment:
         augmentation = DetectionAugmentation(
@@ -172,7 +207,8 @@ def build_dataloaders(options: argparse.Namespace, train_data: Any, eval_data: A
     is_stream = isinstance(train_data, IterableDataset)
     if is_stream:
         train_data = train_data.shuffle(seed=options.seed)
-    drop_last = is_stream or len(train_data) >= options.batch_size
+    # What is left over is dropped, unless it is all there is.
+    drop_last = is_stream or len(train_data) >= options.batch_size * accelerator.num_processes
     train_loader = DataLoader(
         train_data, shuffle=None if is_stream else True, drop_last=drop_last, **common
     )
@@ -206,7 +242,9 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     # The model's labels rule.
     train_data = train_data.with_labels(model.config.id2label)
     eval_data = eval_data and eval_data.with_labels(model.config.id2label)
-    train_loader, eval_loader = build_dataloaders(options, train_data, eval_data, processor)
+    train_loader, eval_loader = build_dataloaders(
+        options, accelerator, train_data, eval_data, processor
+    )
     optimizer = build_optimizer(options, model, recipe, pretrained)
     average = None
     if options.ema_decay:
@@ -214,11 +252,14 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     model, optimizer, train_loader, eval_loader = accelerator.prepare(
         model, optimizer, train_loader, eval_loader
     )
-    num_batches, num_steps = None, options.max_train_steps
+    progress = training.TrainingProgress(
+        pictures_per_batch=options.batch_size * accelerator.num_processes,
+        batches_per_epoch=None if options.streaming else len(train_loader),
+        batches_per_step=options.gradient_accumulation,
+    )
+    num_steps = options.max_train_steps
     if not options.streaming:
-        num_batches = len(train_loader)
-        steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation)
-        num_steps = min(options.epochs * steps_per_epoch, num_steps or math.inf)
+        num_steps = min(options.epochs * progress.steps_per_epoch, num_steps or math.inf)
     warmup_steps = options.warmup_steps
     if warmup_steps is None:
         warmup_steps = round(recipe.warmup_fraction * num_steps)
@@ -229,11 +270,8 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
         warmup_steps=warmup_steps,
         step_fraction=recipe.step_fraction,
     )
-    progress = training.TrainingProgress(
-        pictures_per_batch=options.batch_size * accelerator.num_processes,
-        batches_per_epoch=num_batches,
-    )
-    accelerator.register_for_checkpointing(*filter(None, (scheduler, progress, average)))
+    # The schedule follows from the step and the options.
+    accelerator.register_for_checkpointing(*filter(None, (progress, average)))
     # From here on chance is dropout, another one in each process.
     set_seed(options.seed, device_specific=True)
     return Run(
@@ -253,6 +291,28 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     )
 
 
+def resume(run: Run, checkpoint: Path) -> None:
+    """Go on where a checkpoint was made, with the learning rates and weight decay of now."""
+    run.accelerator.load_state(checkpoint)
+    training.continue_schedule(run.scheduler, run.progress.step)
+    training.rename_checkpoint(run.accelerator, checkpoint, run.progress.step)
+    say(run.accelerator, f"Resumed from {checkpoint.name}.")
+
+
+def reason_to_end(run: Run) -> str | None:
+    """Why the run is over, or None."""
+    options, progress = run.options, run.progress
+    if progress.batch:  # of an epoch that is not over until it is evaluated and saved
+        return None
+    if progress.epochs_since_best >= (options.early_stopping or math.inf):
+        return f"Stopped: no better AP in {progress.epochs_since_best} epochs."
+    if progress.step >= run.num_steps:
+        return f"Done: {progress.step} steps in {progress.epoch} epochs."
+    if progress.epoch >= (options.epochs or math.inf):
+        return f"Done: {progress.epoch} epochs (--epochs), after {progress.step} steps."
+    return None
+
+
 def train_one_epoch(run: Run, bar: Any) -> float:
     """Train until the epoch or the run ends; returns the mean loss over the epoch's batches."""
     options, accelerator, progress = run.options, run.accelerator, run.progress
@@ -262,6 +322,8 @@ def train_one_epoch(run: Run, bar: Any) -> float:
     batches = run.train_loader
     if progress.batch:
         batches = skip_first_batches(batches, progress.batch)
+    if progress.step >= run.num_steps:
+        batches = []
     meter, recent = training.ThroughputMeter(), []
     for batch in meter.watch(batches):
         # For what changes during training, such as Efficient DETR's number of queries.
@@ -272,7 +334,7 @@ def train_one_epoch(run: Run, bar: Any) -> float:
                 accelerator, outputs, batch["labels"], progress.step + 1
             )
             accelerator.backward(outputs.loss)
-            if accelerator.sync_gradients:
+            if accelerator.sync_gradients and options.max_grad_norm:
                 accelerator.clip_grad_norm_(run.model.parameters(), options.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -291,12 +353,18 @@ def train_one_epoch(run: Run, bar: Any) -> float:
             log(run, recent, meter)
             recent = []
         if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
-            training.average_statistics(accelerator, run.model)
+            training.average_statistics(accelerator, run.model, run.average)
             training.save_checkpoint(accelerator, options.output_dir, progress.step)
             meter.restart()
         if progress.step >= run.num_steps:
             break
-    return progress.loss_sum / max(progress.batch, 1)
+    if progress.batch == 0:
+        raise ValueError(
+            f"An epoch of the stream has not one batch: a step of --batch-size "
+            f"{options.batch_size} in {accelerator.num_processes} processes needs "
+            f"{progress.pictures_per_batch} pictures. Lower --batch-size."
+        )
+    return progress.loss_sum / progress.batch
 
 
 def log(run: Run, recent: list[dict[str, float]], meter: training.ThroughputMeter) -> None:
@@ -328,7 +396,7 @@ def hide_bar(accelerator: Accelerator) -> bool | None:
 def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
     """Evaluate and save; returns whether this is the best epoch so far."""
     result = {"epoch": run.progress.epoch + 1, "step": run.progress.step, "train_loss": loss}
-    training.average_statistics(run.accelerator, run.model)
+    training.average_statistics(run.accelerator, run.model, run.average)
     evaluator = None
     if run.eval_loader is not None:
         evaluator = CocoEvaluator(run.config.id2label)
@@ -336,6 +404,8 @@ def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
         with run.accelerator.autocast():
             result |= evaluate_detector(run.detector, run.processor, batches, evaluator)
         say(run.accelerator, f"\nepoch {result['epoch']}\n{format_table(result)}")
+        if result["map"] < 0:
+            say(run.accelerator, "No evaluated picture has a box: AP cannot tell what is best.")
         scores = {"map": result["map"], "map_50": result["map_50"]}
         run.accelerator.log(scores, step=run.progress.step)
     is_best = run.progress.finish_epoch(result)
@@ -409,27 +479,26 @@ def main() -> None:
     run = prepare(options, accelerator)
     progress = run.progress
     if checkpoint is not None:
-        accelerator.load_state(checkpoint)
-        say(accelerator, f"Resumed from {checkpoint.name}.")
+        resume(run, checkpoint)
     if options.report_to:
         accelerator.init_trackers("train_detector", training.shown_options(options))
     bar = tqdm(total=run.num_steps, initial=progress.step, disable=hide_bar(accelerator))
     disable_progress_bar()  # transformers shows one for every file it writes
-    while progress.step < run.num_steps and progress.epoch < options.epochs:
-        if progress.epochs_since_best >= (options.early_stopping or math.inf):
-            say(accelerator, f"Stopped: no better AP in {progress.epochs_since_best} epochs.")
-            break
+    while (reason := reason_to_end(run)) is None:
         loss = train_one_epoch(run, bar)
         is_best = finish_epoch(run, loss, facts)
         if repository is not None and options.push_every_epoch and is_best:
             push(run, repository, is_last=False)
     bar.close()
+    say(accelerator, reason)
 
     parts = [data for data in (run.train_data, run.eval_data) if data is not None]
     skipped = [problem for data in parts for problem in data.skipped]
     if options.streaming and skipped:  # without streaming, loading has said so already
         say(accelerator, f"Skipped {len(skipped)} pictures:\n" + "\n".join(skipped))
-    say(accelerator, f"Saved {options.output_dir / 'best'} and {options.output_dir / 'last'}.")
+    saved = [options.output_dir / name for name in ("best", "last")]
+    saved = [str(directory) for directory in saved if directory.is_dir()]
+    say(accelerator, f"Saved {' and '.join(saved)}.")
     accelerator.end_training()
     if repository is not None:
         push(run, repository, is_last=True)

@@ -65,7 +65,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="start a new detector from the published weights of its backbone, as in the papers",
     )
     add("--shortest-edge", type=int, help="picture size; unset: the model's or the recipe's")
-    add("--longest-edge", type=int, help="its limit for the longer side")
+    add("--longest-edge", type=int, help="limit for the longer side; unset: as above")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -88,19 +88,19 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_optimization_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--epochs", type=_positive, help="passes over the data")
+    add("--epochs", type=_positive, help="passes over the data; unset when streaming: no limit")
     add("--max-train-steps", type=_positive, help="ends the run earlier; needed when streaming")
     add("--batch-size", type=_positive, help="pictures per process and step; 4 with --recipe paper")
     add("--gradient-accumulation", type=_positive, default=1, help="batches per optimizer step")
     add("--learning-rate", type=float, help="of most parameters")
     add("--backbone-factor", type=float, help="on its learning rate; 1 if it starts random")
     add("--weight-decay", type=float, help="on all parameters")
-    add("--max-grad-norm", type=float, help="gradients are clipped to it")
+    add("--max-grad-norm", type=_norm, help="gradients are clipped to it; 0: they are not")
     add("--schedule", choices=["step", "cosine"], help="of the learning rate")
     add("--warmup-steps", type=int, help="steps of linear warm-up")
     add("--ema-decay", type=float, help="evaluate and save a moving average of the weights")
     add("--early-stopping", type=_positive, metavar="EPOCHS", help="end after so many without gain")
-    add("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of the forward")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="unset: the launcher's, or no")
 
 
 def _add_run_options(group: argparse._ArgumentGroup) -> None:
@@ -131,12 +131,24 @@ def _positive(text: str) -> int:
     return number
 
 
+def _norm(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, where 0 clips nothing, got {text}")
+    return number
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raise for options that contradict each other."""
     if options.recipe == "small" and options.model not in VARIANTS:
         raise ValueError(
             "--recipe small is for a new detector: --model must be one of "
             f"{', '.join(VARIANTS)}, got {options.model!r}."
+        )
+    if options.pretrained_backbone is not None and options.model not in VARIANTS:
+        raise ValueError(
+            "--pretrained-backbone and --no-pretrained-backbone are for a new detector, and the "
+            f"backbone of {options.model!r} is in its checkpoint; leave the option out."
         )
     if options.streaming and options.max_train_steps is None:
         raise ValueError("--streaming needs --max-train-steps: a stream has no length.")
@@ -188,7 +200,8 @@ def fill_from_recipe(options: argparse.Namespace, variant: Variant) -> Recipe:
             values["longest_edge"] = recipe.longest_edge
         given["model_option"] = {**recipe.model_fields, **options.model_option}
     values |= {
-        "epochs": recipe.num_epochs,
+        # A recipe's epochs are those of its paper's data; a stream ends by its number of steps.
+        "epochs": None if options.streaming else recipe.num_epochs,
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from script_runs import arguments, losses, read_metrics, run_script
 from tiny import picture
 
@@ -111,6 +112,20 @@ def test_dataset_that_cannot_be_used_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train(folder)
     assert not (folder / "out").exists()
+
+
+def test_evaluated_pictures_without_a_box_are_mentioned(tmp_path):
+    folder = tmp_path / "data"
+    content = write_coco(folder)
+    content["annotations"] = content["annotations"][:1]
+    save(folder, content)
+    # Of the pictures 1 to 3, which have none, the seed draws one.
+    drawn = torch.randperm(4, generator=torch.Generator().manual_seed(42))[0]
+    assert drawn > 0
+    extra = ("--eval-split", "train", "--max-eval-samples", 1, "--max-train-steps", 8)
+    output = train(folder, *extra, "--epochs", 2)
+    assert output.count("No evaluated picture has a box: AP cannot tell what is best.") == 2
+    assert read_metrics(folder / "out" / "best")["epoch"] == 2
 
 
 def test_crowded_and_very_long_pictures_are_trained_on(tmp_path):

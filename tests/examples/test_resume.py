@@ -1,5 +1,7 @@
 """A run that is killed and resumed ends where it would have ended, to the last bit."""
 
+import itertools
+import re
 import shutil
 import signal
 import subprocess
@@ -7,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from script_runs import SCRIPT, arguments, environment, losses, read_metrics, run_script
 
+import hf_querydet.evaluation
 from hf_querydet.demo import SHAPES
+from hf_querydet.evaluation import evaluate_detector
 from hf_querydet.training import checkpoint_name
 
 KILLED_RUN = Path(__file__).parents[1] / "killed_run.py"
@@ -54,6 +59,86 @@ def test_resumed_run_has_the_history_of_an_uninterrupted_one(run, resumed_run):
 def test_interrupted_checkpoint_leaves_nothing(resumed_run):
     names = sorted(path.name for path in (resumed_run[1] / "checkpoints").iterdir())
     assert names == ["step_00000011", "step_00000012"]
+
+
+def run_until_evaluation(number, words):
+    """Run the script, which dies when it evaluates for the so-many-th time."""
+    count = itertools.count(1)
+
+    def evaluate(*args):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return evaluate_detector(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_querydet.evaluation, "evaluate_detector", evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(words)
+
+
+def test_run_that_died_after_its_last_step_is_evaluated_and_saved(run, exact_run, tmp_path):
+    words = exact_run(tmp_path, "--checkpoint-steps", 4)
+    run_until_evaluation(3, words)
+    assert read_metrics(tmp_path / "last")["epoch"] == 2
+
+    output = run_script([*words, "--resume"])
+
+    assert losses(output) == {}
+    assert f"Saved {tmp_path / 'best'} and {tmp_path / 'last'}." in output
+    assert read_metrics(tmp_path / "last") == read_metrics(run[1] / "last")
+    for name in ("best", "last"):
+        weights = [directory / name / "model.safetensors" for directory in (run[1], tmp_path)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_epoch_that_max_train_steps_ends_is_finished_without_more_steps(scenes, tmp_path):
+    words = arguments(scenes, tmp_path, "--max-train-steps", 3, "--checkpoint-steps", 3)
+    run_until_evaluation(1, words)
+    assert not (tmp_path / "best").exists()
+
+    output = run_script([*words, "--resume"])
+
+    assert losses(output) == {}
+    assert read_metrics(tmp_path / "best")["step"] == 3
+
+
+def test_what_is_not_there_is_not_called_saved(scenes, tmp_path):
+    words = arguments(scenes, tmp_path, "--max-train-steps", 1, "--eval-split", "none")
+    run_script(words)
+    shutil.rmtree(tmp_path / "best")
+    assert f"Saved {tmp_path / 'last'}.\n" in run_script([*words, "--resume"])
+
+
+def test_epochs_done_count_in_the_steps_of_other_batches(scenes, tmp_path):
+    words = arguments(scenes, tmp_path, "--eval-split", "none")
+    run_script([*words, "--epochs", "1", "--batch-size", "2"])  # eight steps
+
+    output = run_script([*words, "--epochs", "3", "--batch-size", "4", "--resume"])
+
+    assert list(losses(output)) == list(range(5, 13))
+    history = read_metrics(tmp_path / "last")["history"]
+    assert [(row["epoch"], row["step"]) for row in history] == [(1, 8), (2, 8), (3, 12)]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000008", "step_00000012"]
+
+
+def test_rates_of_a_resumed_run_are_those_of_its_command(scenes, tmp_path):
+    words = arguments(scenes, tmp_path, "--eval-split", "none", "--batch-size", 8)
+    run_script([*words, "--epochs", "1"])
+    extra = ["--learning-rate", "5e-4", "--weight-decay", "0.25", "--backbone-factor", "0.5"]
+
+    output = run_script([*words, "--epochs", "2", "--resume", *extra])
+
+    assert re.findall(r"step (\d)/4 .* lr (\S+)", output) == [("3", "5.00e-04"), ("4", "5.00e-05")]
+    state = torch.load(
+        tmp_path / "checkpoints" / checkpoint_name(4) / "optimizer.bin", weights_only=True
+    )
+    groups = {group["name"]: group for group in state["param_groups"]}
+    assert {name: group["initial_lr"] for name, group in groups.items()} == {
+        "main": 5e-4,
+        "backbone": 2.5e-4,
+    }
+    assert {group["weight_decay"] for group in groups.values()} == {0.25}
 
 
 def test_stream_is_resumed_in_the_middle_as_well(scenes, tmp_path):

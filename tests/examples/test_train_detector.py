@@ -1,5 +1,6 @@
 """The training script, run as a user runs it, on generated scenes."""
 
+import json
 import re
 import shutil
 
@@ -40,7 +41,7 @@ def test_saved_directory_works_in_a_pipeline(run, scenes):
 
 def test_average_is_saved_and_not_the_weights_in_training(run):
     checkpoint = run[1] / "checkpoints" / checkpoint_name(12)
-    state = torch.load(checkpoint / "custom_checkpoint_2.pkl", weights_only=True)
+    state = torch.load(checkpoint / "custom_checkpoint_1.pkl", weights_only=True)
     model, _ = hf_querydet.load_detector(run[1] / "last")
     trained = load_file(checkpoint / "model.safetensors")
     assert int(state["n_averaged"]) == 12
@@ -60,25 +61,122 @@ def test_model_card_is_complete(run):
             assert min(picture.size) >= 160
 
 
-def test_other_labels_get_a_new_class_head(run, scenes, tmp_path):
-    words = ["--model", str(run[1] / "last"), "--dataset", str(scenes), "--num-workers", "0"]
-    words += ["--output-dir", str(tmp_path), "--max-train-steps", "1", "--eval-split", "none"]
-    words += ["--label-names", "disc,box,wedge,sun"]
-    rows = (scenes / "train" / "metadata.jsonl").read_text()
-    numbered = tmp_path / "numbered" / "train"
-    numbered.mkdir(parents=True)
+def fine_tune(checkpoint, dataset, output_dir, *extra):
+    """Start from a detector, for one step that changes no weight."""
+    words = ["--model", checkpoint, "--dataset", dataset, "--output-dir", output_dir]
+    words += ["--max-train-steps", 1, "--num-workers", 0, "--eval-split", "none"]
+    words += ["--learning-rate", 0, *extra]
+    return run_script([str(word) for word in words])
+
+
+def with_names(scenes, folder, names):
+    """The training scenes under other names."""
+    split = folder / "train"
+    split.mkdir(parents=True)
     for path in (scenes / "train").glob("*.png"):
-        (numbered / path.name).symlink_to(path)
-    for number, shape in enumerate(SHAPES):
-        rows = rows.replace(f'"{shape}"', str(number))
-    (numbered / "metadata.jsonl").write_text(rows)
-    words[words.index(str(scenes))] = str(numbered.parent)
+        (split / path.name).symlink_to(path)
+    rows = (scenes / "train" / "metadata.jsonl").read_text()
+    for shape, name in zip(SHAPES, names, strict=True):
+        rows = rows.replace(f'"{shape}"', json.dumps(name))
+    (split / "metadata.jsonl").write_text(rows)
+    return folder
 
-    run_script(words)
 
+@pytest.mark.parametrize("names", [["disc", "box", "wedge", "sun"], ["a", "b", "b", "a"]])
+def test_other_names_get_a_new_class_head(run, scenes, tmp_path, names):
+    dataset = with_names(scenes, tmp_path / "renamed", names)
+
+    output = fine_tune(run[1] / "last", dataset, tmp_path)
+
+    assert f"New class head for {len(set(names))} labels." in output
+    model, _ = hf_querydet.load_detector(tmp_path / "last")
+    assert set(model.config.id2label.values()) == set(names)
+    weight = model.class_head.weight
+    assert len(weight) == len(set(names)) + 1
+    old, _ = hf_querydet.load_detector(run[1] / "last")
+    rows = slice(len(weight))
+    assert not torch.isclose(weight, old.class_head.weight[rows]).all(1).any()
+
+
+def test_names_that_the_model_has_keep_its_class_head(run, scenes, tmp_path):
+    shape = list(SHAPES)[2]
+    dataset = with_names(scenes, tmp_path / "renamed", [shape] * len(SHAPES))
+
+    output = fine_tune(run[1] / "last", dataset, tmp_path)
+
+    assert "The model has the dataset's labels: its class head is kept." in output
+    new, old = (hf_querydet.load_detector(path / "last")[0] for path in (tmp_path, run[1]))
+    assert new.config.id2label == old.config.id2label
+    assert torch.equal(new.class_head.weight, old.class_head.weight)
+
+
+def test_numbers_are_named_by_label_names(scenes, tmp_path, run):
+    dataset = with_names(scenes, tmp_path / "numbered", [0, 1, 2, 3])
+    fine_tune(run[1] / "last", dataset, tmp_path, "--label-names", "disc,box,wedge,sun")
     model, _ = hf_querydet.load_detector(tmp_path / "last")
     assert set(model.config.id2label.values()) == {"disc", "box", "wedge", "sun"}
-    assert model.class_head.out_features == 5
+
+
+def saved_size(directory):
+    return json.loads((directory / "preprocessor_config.json").read_text())["size"]
+
+
+def test_longest_edge_of_a_checkpoint_is_changed_alone(run, scenes, tmp_path):
+    fine_tune(run[1] / "last", scenes, tmp_path, "--longest-edge", 96)
+    assert saved_size(tmp_path / "last") == {"shortest_edge": 64, "longest_edge": 96}
+
+
+def test_longest_edge_of_a_new_detector_is_changed_alone(scenes, tmp_path):
+    extra = ("--max-train-steps", 1, "--eval-split", "none", "--no-augment", "--longest-edge", 64)
+    words = arguments(scenes, tmp_path, *extra)
+    place = words.index("--shortest-edge")
+    run_script(words[:place] + words[place + 2 :])
+    assert saved_size(tmp_path / "last") == {"shortest_edge": 800, "longest_edge": 64}
+
+
+def test_longest_edge_without_a_shortest_one_is_an_error(run, scenes, tmp_path):
+    detector = tmp_path / "detector"
+    shutil.copytree(run[1] / "last", detector)
+    processor = hf_querydet.DETRImageProcessor(size={"height": 64, "width": 80})
+    processor.save_pretrained(detector)
+    with pytest.raises(ValueError, match=r"--longest-edge 96 limits .*give --shortest-edge as"):
+        fine_tune(detector, scenes, tmp_path, "--longest-edge", 96)
+
+
+def test_gradient_norm_of_0_clips_nothing(scenes, tmp_path):
+    extra = ("--max-train-steps", 2, "--eval-split", "none", "--checkpoint-steps", 1)
+    extra = (*extra, "--max-grad-norm", 0, "--weight-decay", 0)
+    run_script(arguments(scenes, tmp_path, *extra))
+    before, after = (
+        load_file(tmp_path / "checkpoints" / checkpoint_name(step) / "model.safetensors")
+        for step in (1, 2)
+    )
+    assert not torch.equal(before["class_head.weight"], after["class_head.weight"])
+
+
+def test_two_splits_in_one_folder_are_an_error(scenes, tmp_path):
+    with pytest.raises(ValueError, match="has one split: 'train' and 'validation' would both"):
+        run_script(arguments(scenes / "train", tmp_path))
+    run_script(
+        arguments(scenes / "train", tmp_path, "--max-train-steps", 1, "--eval-split", "none")
+    )
+
+
+STREAM = ("--streaming", "--label-names", ",".join(sorted(SHAPES)), "--eval-split", "none")
+
+
+def test_stream_without_a_whole_batch_is_an_error(scenes, tmp_path):
+    extra = (*STREAM, "--max-train-steps", 2, "--batch-size", 17)
+    with pytest.raises(ValueError, match="not one batch: a step of --batch-size 17 in 1 processes"):
+        run_script(arguments(scenes, tmp_path, *extra))
+    assert not (tmp_path / "last").exists()
+
+
+def test_run_says_why_it_has_ended(run, scenes, tmp_path):
+    assert "Done: 12 steps in 3 epochs." in run[0]
+    extra = (*STREAM, "--max-train-steps", 100, "--batch-size", 8, "--epochs", 1)
+    output = run_script(arguments(scenes, tmp_path, *extra))
+    assert "Done: 1 epochs (--epochs), after 2 steps." in output
 
 
 def test_tracker_gets_the_loss_of_every_logged_step(scenes, tmp_path):
@@ -145,6 +243,14 @@ def test_bf16_trains_and_evaluates(scenes, tmp_path):
 def test_fp16_without_a_gpu_is_an_error(scenes, tmp_path):
     with pytest.raises(ValueError, match="fp16 needs a GPU; on a CPU use bf16 or no"):
         run_script(arguments(scenes, tmp_path, "--mixed-precision", "fp16"))
+
+
+def test_precision_is_the_launchers_where_none_is_given(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        run_script(arguments(scenes, tmp_path))
+    extra = ("--max-train-steps", 1, "--eval-split", "none", "--mixed-precision", "no")
+    run_script(arguments(scenes, tmp_path, *extra))
 
 
 def test_average_of_divided_weights_is_an_error(scenes, tmp_path, monkeypatch):

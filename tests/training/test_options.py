@@ -30,6 +30,10 @@ def parse(*words):
         (["--push-every-epoch"], "--push-every-epoch needs --push-to-hub REPO_ID"),
         (["--hub-token", "hf_secret"], "--hub-token needs --push-to-hub REPO_ID"),
         (["--recipe", "small", "--model", "me/it"], "--model must be one of detr, "),
+        (["--max-grad-norm", "-1"], "--max-grad-norm: must be at least 0, where 0 clips nothing"),
+        (["--max-grad-norm", "nan"], "must be at least 0, where 0 clips nothing, got nan"),
+        (["--model", "me/it", "--pretrained-backbone"], "backbone of 'me/it' is in its checkpoint"),
+        (["--model", "me/it", "--no-pretrained-backbone"], "is in its checkpoint; leave the"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--model-option", "d_model"], "--model-option needs NAME=VALUE, got 'd_model'"),
         # An abbreviation would bring the token past those who leave it out.
@@ -72,6 +76,14 @@ def test_options_of_the_small_recipe():
     assert (options.batch_size, options.pretrained_backbone) == (2, False)
     assert (options.shortest_edge, options.longest_edge) == (192, 256)
     assert options.model_option == {**recipe.model_fields, "d_model": 64}
+
+
+def test_stream_has_no_number_of_epochs_unless_one_is_given():
+    words = ("--streaming", "--max-train-steps", "9")
+    for extra, epochs in (((), None), (("--epochs", "2"), 2)):
+        options = parse(*words, *extra)
+        fill_from_recipe(options, VARIANTS["detr"])
+        assert options.epochs == epochs
 
 
 def test_size_of_the_small_recipe_is_given_as_a_whole():
