@@ -57,7 +57,8 @@ def test_a_model_with_other_numbers_is_joined_by_name_and_unused_slots_never_mat
 def test_all_names_that_a_model_lacks_are_listed():
     table = LabelTable.from_categories(["cat", "dog", "owl"])
 
-    with pytest.raises(ValueError, match=r"lacks 2 of the dataset's names: \['cat', 'owl'\]"):
+    expected = r"lacks 2 of the dataset's names: \['cat', 'owl'\]\. .*load_detector_for_labels"
+    with pytest.raises(ValueError, match=expected):
         table.for_model({0: "dog", 1: "N/A"})
 
 
