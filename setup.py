@@ -72,7 +72,7 @@ def kernel_extensions() -> dict:
             extra_compile_args=extension.compiler_flags("cpu"),
         )
     ]
-    if CUDA_HOME is not None and extension.gpu_architectures():
+    if CUDA_HOME is not None and extension.gpu_codes():
         flags = {
             "cxx": list(extension.CUDA_HOST_FLAGS),
             "nvcc": extension.compiler_flags("cuda"),

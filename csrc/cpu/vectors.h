@@ -178,9 +178,18 @@ inline Vector<A> add_neighbours(Vector<A> even, Vector<A> odd,
                                 std::integer_sequence<int, lane...>) {
   constexpr int lanes = kLanes<A>;
   // Lane i takes from `even` where bit `stride` of i is 0, else from `odd`.
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(even, odd, ((lane & stride) ? lanes + lane : lane)...) +
       __builtin_shufflevector(
              even, odd, ((lane & stride) ? lanes + (lane ^ stride) : (lane ^ stride))...);
+#else // GCC 11 has the same under another name
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Lanes
+      __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(even, odd, Lanes{((lane & stride) ? lanes + lane : lane)...}) +
+      __builtin_shuffle(
+             even, odd,
+             Lanes{((lane & stride) ? lanes + (lane ^ stride) : (lane ^ stride))...});
+#endif
 }
 
 template <typename A, int stride>

@@ -13,12 +13,15 @@ def kernels(
 ) -> None:
     """State of the compiled deformable attention: flags, files, and why a build failed."""
     typer.echo(f"mode: {extension.kernel_mode()} (HF_QUERYDET_KERNELS)")
-    typer.echo(f"cache: {extension.cache_root()}")
+    try:
+        typer.echo(f"cache: {extension.cache_root()}")
+    except RuntimeError as error:  # a user without a home directory
+        typer.echo(f"cache: none ({error}); set HF_QUERYDET_CACHE to a directory of your own")
     if clean:
         for directory in extension.clean():
             typer.echo(f"deleted: {directory}")
     # Kernels for GPUs are of interest where there is one, or one is named to build for.
-    device_types = ["cpu", *(["cuda"] if extension.gpu_architectures() else [])]
+    device_types = ["cpu", *(["cuda"] if extension.gpu_codes() else [])]
     failed = False
     for device_type in device_types:
         if build:

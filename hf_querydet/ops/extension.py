@@ -4,7 +4,8 @@ Nothing happens at import. `load("cpu")` or `load("cuda")` takes, in this order,
 with the package (`HF_QUERYDET_BUILD_EXT=1 pip install --no-build-isolation .`), a library from the
 cache, or a new build by torch's JIT compiler. A library's name carries a hash of sources, flags,
 torch version and instruction set; a cached one also that of the compiler. So a home directory that
-unlike machines share never yields a foreign binary.
+unlike machines share never yields a foreign binary. A library for GPUs that was built with the
+package has its codes in its name (``sm_80_sm_90``), and is taken where they cover the GPUs there.
 
 Builds run in a directory of their own and are moved into place when they are complete: a build
 that was killed leaves nothing that could be loaded, and of several processes one builds while the
@@ -24,14 +25,17 @@ import importlib.util
 import logging
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,9 +128,11 @@ def state_of(device_type: str) -> KernelState:
 
 def cache_root() -> Path:
     """Directory that holds one directory per build."""
-    if "HF_QUERYDET_CACHE" in os.environ:
-        return Path(os.environ["HF_QUERYDET_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_querydet"
+    # A variable that is empty counts as one that is not set.
+    directory = os.environ.get("HF_QUERYDET_CACHE")
+    if not directory:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hf_querydet"
+    return Path(directory).expanduser()
 
 
 def clean() -> list[Path]:
@@ -159,8 +165,8 @@ def describe(device_type: str) -> dict[str, str]:
         facts["reason"] = state.reason
     try:
         directory = build_directory(device_type)
-    # The same failures as in a build: no sources, no compiler, a compiler that does not run.
-    except (OSError, subprocess.SubprocessError) as error:
+    # The same failures as in a build: no sources, no compiler, one that does not run, no home.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         facts.setdefault("reason", str(error))
         directory = None
     library = state.library or _packaged_library(device_type)
@@ -205,22 +211,59 @@ def instruction_set() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def gpu_architectures() -> tuple[str, ...]:
-    """Architectures to compile for, `90` for sm_90: TORCH_CUDA_ARCH_LIST, or the GPUs here."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    numbers = [item.removesuffix("+PTX").replace(".", "") for item in listed]
-    if not numbers and torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        numbers = ["{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices]
-    return tuple(sorted(set(numbers)))
+def gpu_codes() -> tuple[str, ...]:
+    """Codes to compile for: `sm_90` of a GPU, or `compute_90`, PTX for that one and later ones.
+
+    Those of TORCH_CUDA_ARCH_LIST, as torch reads it ("8.0;9.0+PTX", "Hopper"), or of the GPUs here.
+    """
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        flags = _cpp_extension()._get_cuda_arch_flags()
+        codes = [flag.rpartition("code=")[2] for flag in flags]
+    else:
+        codes = ["sm_{}{}".format(*capability) for capability in _gpu_capabilities()]
+    return tuple(sorted(set(codes)))
+
+
+def covers(codes: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU can run one of these codes.
+
+    Args:
+        codes: Of :func:`gpu_codes`.
+        capability: Of the GPU, (9, 0) for sm_90.
+    """
+    major, minor = capability
+    for code in codes:
+        kind, _, number = code.partition("_")
+        if not number.isdigit():  # sm_90a runs on sm_90 only
+            is_covered = int(number[:-1]) == 10 * major + minor
+        elif kind == "sm":
+            is_covered = int(number) // 10 == major and int(number) % 10 <= minor
+        else:
+            is_covered = int(number) <= 10 * major + minor
+        if is_covered:
+            return True
+    return False
+
+
+def _gpu_capabilities() -> list[tuple[int, int]]:
+    """Of all GPUs here."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+
+
+def _cpp_extension() -> Any:
+    # torch reports a missing GPU when this is imported; who builds for the CPU need not know.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils import cpp_extension
+
+    return cpp_extension
 
 
 def compiler_flags(device_type: str) -> list[str]:
     """Flags of the C++ compiler, or of nvcc for `cuda`."""
     if device_type == "cuda":
-        code = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in gpu_architectures()]
-        # USE_CUDA lets torch's stable headers declare the CUDA functions.
-        return [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *code]
+        return [*_common_cuda_flags(), *_code_flags(gpu_codes())]
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     # 512: compilers prefer half the width, which costs more here than the lower clock gains.
     native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
@@ -228,15 +271,25 @@ def compiler_flags(device_type: str) -> list[str]:
     return [*COMMON_FLAGS, *native, "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
+def _common_cuda_flags() -> list[str]:
+    # USE_CUDA lets torch's stable headers declare the CUDA functions.
+    return [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]
+
+
+def _code_flags(codes: Iterable[str]) -> list[str]:
+    return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
+
+
 def _compiler_version(device_type: str) -> str:
     """First words of the compiler about itself; raises if it is missing or does not run."""
-    compiler = os.environ.get("CXX", "c++")
-    path = shutil.which(compiler)
+    compiler = shlex.split(os.environ.get("CXX") or "c++")  # may be "ccache g++"
+    path = shutil.which(compiler[0])
     if path is None:
         raise FileNotFoundError(
-            f"no C++ compiler: {compiler} is not on the PATH; install g++ or clang, or set CXX"
+            f"no C++ compiler: {compiler[0]} is not on the PATH; install g++ or clang, or set CXX"
         )
-    versions = [subprocess.run([path, "--version"], capture_output=True, text=True, check=True)]
+    command = [path, *compiler[1:], "--version"]
+    versions = [subprocess.run(command, capture_output=True, text=True, check=True)]
     if device_type == "cuda":
         nvcc = _nvcc()
         if nvcc is None:
@@ -257,14 +310,17 @@ def _nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def build_key(device_type: str, *, compiler: str = "") -> str:
-    """Hash of all that a library depends on, 16 hexadecimal digits.
+def build_key(device_type: str) -> str:
+    """Hash of all that a cached library depends on, 16 hexadecimal digits.
 
-    Args:
-        device_type: `cpu` or `cuda`.
-        compiler: What the compiler says about itself. A library that was built together with the
-            package leaves it out: the machine that runs it need not have a compiler.
+    Raises:
+        FileNotFoundError: If there is no compiler or there are no sources.
     """
+    return _hash(device_type, *compiler_flags(device_type), _compiler_version(device_type))
+
+
+def _hash(device_type: str, *texts: str) -> str:
+    """Of the sources, the machine, torch's version and other texts."""
     digest = hashlib.sha256()
     directory = source_directory()
     for path in sorted(directory.rglob("*")):
@@ -273,14 +329,21 @@ def build_key(device_type: str, *, compiler: str = "") -> str:
             digest.update(path.read_bytes())
     # A GPU library's architectures are in its flags; its host part is built without -march.
     machine = instruction_set() if device_type == "cpu" else platform.machine()
-    for text in (*compiler_flags(device_type), torch.__version__, compiler, machine):
+    for text in (*texts, torch.__version__, machine):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def packaged_library_name(device_type: str) -> str:
     """File name, without suffix, of a library that is built together with the package."""
-    return f"{LIBRARY_PREFIX}_{device_type}_{build_key(device_type)}"
+    codes = gpu_codes() if device_type == "cuda" else ()
+    return "_".join([LIBRARY_PREFIX, device_type, *codes, _packaged_key(device_type)])
+
+
+def _packaged_key(device_type: str) -> str:
+    """Hash in that name. The machine that runs the library need not have a compiler."""
+    flags = _common_cuda_flags() if device_type == "cuda" else compiler_flags(device_type)
+    return _hash(device_type, *flags)
 
 
 def _library_file(device_type: str) -> str:
@@ -293,8 +356,7 @@ def build_directory(device_type: str) -> Path:
     Raises:
         FileNotFoundError: If there is no compiler or there are no sources.
     """
-    key = build_key(device_type, compiler=_compiler_version(device_type))
-    return cache_root() / f"kernels-{device_type}-{key}"
+    return cache_root() / f"kernels-{device_type}-{build_key(device_type)}"
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -305,6 +367,8 @@ def _try_to_load(device_type: str, state: KernelState, *, quiet: bool) -> None:
     try:
         state.library = _packaged_library(device_type)
         if state.library is None:
+            if device_type == "cuda":
+                _check_codes()
             state.library = _cached_library(device_type)
         torch.ops.load_library(state.library)
         state.status = "loaded"
@@ -322,12 +386,26 @@ def _try_to_load(device_type: str, state: KernelState, *, quiet: bool) -> None:
     state.seconds = time.perf_counter() - start
 
 
+def _check_codes() -> None:
+    """Raise if TORCH_CUDA_ARCH_LIST leaves out a GPU that is here."""
+    codes = gpu_codes()
+    left_out = [f"sm_{a}{b}" for a, b in _gpu_capabilities() if not covers(codes, (a, b))]
+    if left_out:
+        raise RuntimeError(
+            f"TORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST')!r} makes code for "
+            f"{', '.join(codes)}, but a GPU here needs {left_out[0]}; add it, or unset the variable"
+        )
+
+
 def _packaged_library(device_type: str) -> Path | None:
     package = Path(__file__).resolve().parents[1]
     built = sorted(package.glob(f"{LIBRARY_PREFIX}_{device_type}_*"))
-    name = packaged_library_name(device_type)
+    key = _packaged_key(device_type) if built else ""
+    gpus = _gpu_capabilities() if device_type == "cuda" else []
     for path in built:
-        if path.name.split(".")[0] == name:
+        name = path.name.split(".")[0]
+        codes = re.findall("(?:sm|compute)_[0-9]+[a-z]?(?=_)", name)
+        if name.endswith(f"_{key}") and all(covers(codes, gpu) for gpu in gpus):
             return path
     if built:
         logger.warning(
@@ -346,20 +424,28 @@ def _cached_library(device_type: str) -> Path:
     if library.is_file():
         return library
     directory.mkdir(parents=True, exist_ok=True)
-    with _build_lock(directory / "lock"):
+    with _build_lock(directory / "lock") as is_alone:
+        if is_alone:
+            for left_over in directory.glob("build-*"):
+                shutil.rmtree(left_over, ignore_errors=True)
         if not library.is_file():
             _build(device_type, directory, library)
     return library
 
 
 @contextlib.contextmanager
-def _build_lock(path: Path) -> Iterator[None]:
-    """Let one process in; the system frees the lock when a process ends, in whatever way."""
+def _build_lock(path: Path) -> Iterator[bool]:
+    """Let one process in; the system frees the lock when a process ends, in whatever way.
+
+    Yields whether this process is the only one. Two builds at once are wasteful, but each has files
+    of its own.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: two builds at once are wasteful, but each has its own files
-        yield
+    except ImportError:  # Windows
+        yield False
         return
+    is_alone = True
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -369,13 +455,12 @@ def _build_lock(path: Path) -> Iterator[None]:
         except OSError:
             # Some network file systems know no locks. Unlocked builds are still correct.
             logger.debug("No lock in %s", path)
-        yield
+            is_alone = False
+        yield is_alone
 
 
 def _build(device_type: str, directory: Path, library: Path) -> None:
     log = directory / "build.log"
-    for left_over in directory.glob("build-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
     logger.warning(
         "Compiling the deformable attention for %s, once for this machine; log: %s",
         device_type,
@@ -395,14 +480,10 @@ def _build(device_type: str, directory: Path, library: Path) -> None:
 
 def _compile(device_type: str, workspace: Path) -> tuple[Path, str]:
     """Compile in `workspace`; return the library and a report for the log."""
-    # torch reports a missing GPU when this is imported; who builds for the CPU need not know.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils import cpp_extension
-
     flags = compiler_flags(device_type)
     start = time.perf_counter()
     with _ninja_on_path():
-        cpp_extension.load(
+        _cpp_extension().load(
             name=f"{LIBRARY_PREFIX}_{device_type}",
             sources=[str(source_directory() / source) for source in SOURCES[device_type]],
             extra_cflags=flags if device_type == "cpu" else list(CUDA_HOST_FLAGS),
@@ -430,7 +511,7 @@ def _cudart_flags(workspace: Path) -> list[str]:
     if not loaded:
         return []
     (workspace / "libcudart.so").symlink_to(loaded[0])
-    return [f"-L{workspace}"]
+    return ["-L."]  # where the linker runs; a path may have spaces
 
 
 @contextlib.contextmanager

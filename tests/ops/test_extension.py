@@ -1,6 +1,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,21 @@ def test_two_processes_that_start_together_build_once(library, fake_compiler, ca
         "_ms_deform_attn_cpu.so", "build.log", "lock",
     ]  # fmt: skip
     assert "fake" not in (directory / "build.log").read_text().splitlines()[0]
+
+
+def test_build_without_locks_leaves_another_alone(untried, library, monkeypatch):
+    def refuse(file, operation):
+        raise OSError("no locks here")
+
+    def compile_at_once(device_type, workspace):
+        return Path(shutil.copy(library, workspace)), "report"
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(extension, "_compile", compile_at_once)
+    other = extension.build_directory("cpu") / "build-of-another-process"
+    other.mkdir(parents=True)
+    assert extension.load("cpu")
+    assert other.is_dir()
 
 
 def test_killed_build_heals(library, fake_compiler, cache):
@@ -252,6 +268,23 @@ def test_packaged_library_of_another_machine_is_left_aside(untried, tmp_path, mo
     assert "built for another machine or torch version" in line
 
 
+def test_packaged_library_for_several_gpus_is_taken_where_one_code_runs(
+    untried, tmp_path, monkeypatch
+):
+    package = tmp_path / "hf_querydet"
+    (package / "ops").mkdir(parents=True)
+    (package / "_csrc").symlink_to(ROOT / "csrc")
+    monkeypatch.setattr(extension, "__file__", str(package / "ops" / "extension.py"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+    built = package / f"{extension.packaged_library_name('cuda')}.cpython-311-x86_64-linux-gnu.so"
+    built.touch()
+    assert "_sm_80_sm_90_" in built.name
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    for capability, library in (((9, 0), built), ((8, 6), built), ((7, 5), None)):
+        monkeypatch.setattr(extension, "_gpu_capabilities", lambda gpu=capability: [gpu])
+        assert extension._packaged_library("cuda") == library
+
+
 # ---- keys ----------------------------------------------------------------------------------------
 
 
@@ -285,14 +318,61 @@ def test_changed_source_has_its_own_key(tmp_path, monkeypatch):
     assert extension.build_key("cpu") != before
 
 
-def test_gpu_architectures_are_in_the_flags_and_the_key(monkeypatch):
+def test_gpu_codes_are_in_the_flags_and_the_key(monkeypatch):
+    monkeypatch.setattr(extension, "_compiler_version", lambda device: "a compiler")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0;8.0+PTX")
-    assert extension.gpu_architectures() == ("80", "90")
+    assert extension.gpu_codes() == ("compute_80", "sm_80", "sm_90")
     flags = extension.compiler_flags("cuda")
     assert "-gencode=arch=compute_90,code=sm_90" in flags
+    assert "-gencode=arch=compute_80,code=compute_80" in flags
     before = extension.build_key("cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert extension.build_key("cuda") != before
+
+
+def test_gpu_codes_are_named_as_torch_names_them(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    assert extension.gpu_codes() == ("compute_90", "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("codes", "capability", "expected"),
+    [
+        (["sm_80"], (8, 0), True),
+        (["sm_80"], (8, 9), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["compute_80"], (9, 0), True),
+        (["compute_90"], (8, 9), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        (["sm_100"], (10, 3), True),
+        (["sm_75", "sm_90"], (9, 0), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_gpu_runs_code_of_its_major_version_and_older_ptx(codes, capability, expected):
+    assert extension.covers(codes, capability) == expected
+
+
+def test_list_without_the_gpu_that_is_there_is_a_failure(untried, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setattr(extension, "_gpu_capabilities", lambda: [(9, 0)])
+    assert not extension.load("cuda")
+    assert "makes code for sm_80, but a GPU here needs sm_90" in extension.state_of("cuda").reason
+
+
+def test_compiler_may_be_started_by_another_program(monkeypatch):
+    monkeypatch.setenv("CXX", "env c++")
+    assert "env" not in extension._compiler_version("cpu").splitlines()[0]
+
+
+@pytest.mark.parametrize("variable", ["HF_QUERYDET_CACHE", "XDG_CACHE_HOME"])
+def test_empty_variable_names_no_cache(variable, monkeypatch):
+    for name in ("HF_QUERYDET_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "")
+    assert extension.cache_root() == Path.home() / ".cache" / "hf_querydet"
 
 
 # ---- modes and the command -----------------------------------------------------------------------
