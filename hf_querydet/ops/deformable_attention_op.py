@@ -10,11 +10,13 @@ finds the plain PyTorch implementation.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from hf_querydet.ops import extension
@@ -41,7 +43,7 @@ def ms_deform_attn(
     -1 < row < height; any other, NaN and infinity among them, adds nothing and has zero gradient.
 
     The first call for a device compiles the C++ or CUDA kernels; see `hf_querydet.ops.extension`.
-    Differentiable once.
+    Differentiable once, backwards; `torch.func.grad` and what is built on it do not take it.
 
     Args:
         value: Projected features, (B, S, M, D); the levels follow one another, each row-major.
@@ -58,7 +60,9 @@ def ms_deform_attn(
     Raises:
         TypeError: If a dtype is not supported, or only some arguments are float64.
         ValueError: If shapes or devices do not fit together.
-        RuntimeError: If `HF_QUERYDET_KERNELS=require` and the kernels cannot be built.
+        NotImplementedError: In forward-mode differentiation.
+        RuntimeError: If `HF_QUERYDET_KERNELS=require` and the kernels cannot be built. From the
+            backward on a GPU, if `torch.use_deterministic_algorithms` is on.
     """
     levels = _level_sizes(spatial_shapes)
     _check_shapes(value, levels, sampling_locations, attention_weights)
@@ -66,6 +70,7 @@ def ms_deform_attn(
         value, sampling_locations, attention_weights
     )
     if _has_kernel(value.device.type):
+        refuse_forward_mode("ms_deform_attn", value, sampling_locations, attention_weights)
         flat = [size for level in levels for size in level]
         return torch.ops.hf_querydet.ms_deform_attn(
             value, flat, sampling_locations, attention_weights
@@ -151,6 +156,41 @@ def _match_dtypes(
             f"{dtypes}; convert them to one dtype."
         )
     return sampling_locations.float(), attention_weights.float()
+
+
+def refuse_forward_mode(name: str, *inputs: Tensor) -> None:
+    """Raise if an input has a tangent; the operators would drop it without a word.
+
+    Args:
+        name: Of the operator, for the message.
+        inputs: What it could be differentiated by.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (jvp, jacfwd, dual numbers); use reverse mode "
+            "(backward, torch.autograd.functional.jacobian)."
+        )
+
+
+def alert_not_deterministic(name: str, device_type: str) -> None:
+    """Raise or warn, as is asked for, where a backward adds in an order that varies.
+
+    Args:
+        name: Of the operator, for the message.
+        device_type: As in `torch.device.type`; only on `cuda` the order varies.
+    """
+    if device_type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        f"The backward of {name} on CUDA adds in an order that varies, but "
+        "torch.use_deterministic_algorithms(True) is set. Pass warn_only=True to it, or set "
+        "HF_QUERYDET_KERNELS=off."
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def _has_kernel(device_type: str) -> bool:
@@ -250,6 +290,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
+    alert_not_deterministic("ms_deform_attn", value.device.type)
     grad_value, grad_locations, grad_weights = _BACKWARD(
         grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hf_querydet.ops.deformable_attention_op import alert_not_deterministic, refuse_forward_mode
+
 OUTSIDE = -1.0
 
 
@@ -49,12 +51,15 @@ def multilevel_roi_align(
         (B, N, output_size ** 2, C), bins row by row, in the type of ``tokens``.
 
     Raises:
+        NotImplementedError: In forward-mode differentiation.
+        RuntimeError: From the backward on a GPU, if `torch.use_deterministic_algorithms` is on.
         ValueError: If there are not as many strides as levels.
     """
     if len(strides) != len(spatial_shapes):
         raise ValueError(
             f"strides must be one per level, got {len(strides)} for {len(spatial_shapes)}."
         )
+    refuse_forward_mode("multilevel_roi_align", tokens)
     return _forward(
         tokens,
         [side for level in spatial_shapes for side in level],
@@ -166,6 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple:
     tokens, boxes, level_indices = ctx.saved_tensors
+    alert_not_deterministic("multilevel_roi_align", tokens.device.type)
     grad_tokens = _backward(gradient, tokens, ctx.sizes, boxes, level_indices, *ctx.options)
     return grad_tokens, None, None, None, None, None, None
 

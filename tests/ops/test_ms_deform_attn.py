@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from msda_oracle import loop_oracle, random_inputs
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_querydet.ops import deformable_attention_op, extension, ms_deform_attn
@@ -436,6 +437,48 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(output.sum(), locations, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_is_an_error():
+    # The operator has no rule for it, and would give tangents of zero without a word.
+    value, locations, weights = random_inputs(LEVELS)
+    with pytest.raises(NotImplementedError, match="ms_deform_attn has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ms_deform_attn(x, LEVELS, locations, weights), (value,), (value,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weights, weights)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            ms_deform_attn(value, LEVELS, locations, dual)
+        # Other tensors at the time may have tangents.
+        assert ms_deform_attn(value, LEVELS, locations, weights).isfinite().all()
+
+
+@pytest.fixture
+def deterministic():
+    """A function that asks for deterministic algorithms."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+def test_backward_on_a_gpu_is_no_deterministic_algorithm(deterministic):
+    check = deformable_attention_op.alert_not_deterministic
+    check("ms_deform_attn", "cuda")
+    deterministic(True)
+    check("ms_deform_attn", "cpu")
+    with pytest.raises(RuntimeError, match="backward of ms_deform_attn on CUDA adds in an order"):
+        check("ms_deform_attn", "cuda")
+    deterministic(True, warn_only=True)
+    with pytest.warns(UserWarning, match="adds in an order that varies"):
+        check("ms_deform_attn", "cuda")
+
+
+@pytest.mark.cuda
+def test_gpu_says_that_its_backward_is_not_deterministic(deterministic):
+    value, locations, weights = (x.cuda().requires_grad_() for x in random_inputs(LEVELS))
+    output = ms_deform_attn(value, LEVELS, locations, weights)
+    deterministic(True)
+    with pytest.raises(RuntimeError, match="adds in an order that varies"):
+        output.sum().backward()
 
 
 # ---- messages ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from hf_querydet.ops.multilevel_roi_align import multilevel_roi_align
 
@@ -119,3 +120,11 @@ def test_gpu_equals_cpu():
 def test_other_number_of_strides_is_an_error():
     with pytest.raises(ValueError, match="strides must be one per level, got 1 for 2"):
         pool(pyramid(), strides=[4.0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_is_an_error():
+    with forward_ad.dual_level():
+        tokens = forward_ad.make_dual(pyramid(), pyramid())
+        with pytest.raises(NotImplementedError, match="multilevel_roi_align has no forward-mode"):
+            pool(tokens)
