@@ -24,6 +24,8 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder"
 DEFAULT_BACKBONE = "resnet50.tv_in1k"
 RESNET101 = "resnet101.tv_in1k"
 BACKBONE_NORMS = ("frozen", "batch")
+# Name of the slots of a class head that stand for no class (COCO's 91 ids have 11 of them).
+UNUSED_LABEL = "N/A"
 
 
 @strict

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_querydet.configuration_utils import DetectorConfig
+from hf_querydet.configuration_utils import UNUSED_LABEL, DetectorConfig
 from hf_querydet.data import DetectionDataset
-from hf_querydet.data.labels import UNUSED_LABEL
 from hf_querydet.evaluation import CocoEvaluator, format_table
 from hf_querydet.registration import MODEL_TYPE_PREFIX, variant_of
 from hf_querydet.visualization import draw_detections

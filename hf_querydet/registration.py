@@ -21,7 +21,12 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from hf_querydet.checkpoint_mapping_utils import AuthorsFormat, weight_renamings
-from hf_querydet.configuration_utils import HUB_OPTIONS, MODEL_TYPE_PREFIX, DetectorConfig
+from hf_querydet.configuration_utils import (
+    HUB_OPTIONS,
+    MODEL_TYPE_PREFIX,
+    UNUSED_LABEL,
+    DetectorConfig,
+)
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.models.anchor_detr import (
@@ -95,9 +100,6 @@ from hf_querydet.models.sparse_rcnn.checkpoint_mapping import AUTHORS as SPARSE_
 from hf_querydet.models.sparse_rcnn.recipe import RECIPE as SPARSE_RCNN_RECIPE
 from hf_querydet.models.sparse_rcnn.recipe import SMALL_RECIPE as SPARSE_RCNN_SMALL_RECIPE
 from hf_querydet.recipe_utils import Recipe, SmallRecipe
-
-# Slots of a class head that stand for no class (COCO's 91 ids have 11 of them).
-UNUSED_LABEL = "N/A"
 
 
 @dataclass(frozen=True)

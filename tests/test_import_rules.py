@@ -49,13 +49,21 @@ MAY_IMPORT = {
     "image_reading": set(),
     "picture_sizes": set(),
     "data": {
+        "configuration_utils",
         "image_processing_utils",
         "coco_annotations",
         "image_reading",
         "ops",
         "picture_sizes",
     },
-    "evaluation": {"data", "file_writing", "image_processing_utils", "inference", "ops"},
+    "evaluation": {
+        "configuration_utils",
+        "data",
+        "file_writing",
+        "image_processing_utils",
+        "inference",
+        "ops",
+    },
     "file_writing": set(),
     "inference": {
         "file_writing",

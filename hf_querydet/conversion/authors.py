@@ -1,5 +1,6 @@
 """From a checkpoint of a detector's authors to a directory that ``from_pretrained`` loads."""
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -17,11 +18,10 @@ from hf_querydet.checkpoint_mapping_utils import (
     Names,
     renamed,
 )
-from hf_querydet.configuration_utils import MODEL_TYPE_PREFIX, DetectorConfig
+from hf_querydet.configuration_utils import MODEL_TYPE_PREFIX, UNUSED_LABEL, DetectorConfig
 from hf_querydet.conversion.accounting import check_complete, shapes_of
 from hf_querydet.conversion.labels import id2label_for
 from hf_querydet.conversion.reading import Checkpoint, read_checkpoint
-from hf_querydet.data.labels import UNUSED_LABEL
 from hf_querydet.file_writing import write_directory
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
@@ -143,7 +143,10 @@ def convert_tensors(
         source="the checkpoint",
         original_names=original_names,
     )
-    model = row.detector.from_pretrained(None, config=config, state_dict=tensors)
+    # Of mixed types the widest, or transformers would take that of the first tensor.
+    types = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, types)
+    model = row.detector.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return Conversion(model, row.image_processor.for_config(config), ignored)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_querydet.configuration_utils import UNUSED_LABEL
 from hf_querydet.data.coco_names import coco_id2label
-from hf_querydet.data.labels import UNUSED_LABEL
 
 COCO = "coco"
 
@@ -17,18 +18,38 @@ def read_labels(path: str | os.PathLike) -> dict[int, str]:
 
     Args:
         path: A ``.json`` file with a list of names or an object from label to name, or a text file
-            with a name per line, the first of which is label 0.
+            with a name per line, the first of which is label 0. "N/A" is an unused slot.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is neither.
+        ValueError: If it is neither, a line before the last name is empty, or two labels have one
+            name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path} with names of labels.")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
+    text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    names = (_names_in_json if path.suffix == ".json" else _names_in_lines)(path, text)
+    counts = Counter(name for name in names.values() if name != UNUSED_LABEL)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{path} has more than one label named {repeated[0]!r}; names must differ."
+        )
+    return names
+
+
+def _names_in_lines(path: Path, text: str) -> dict[int, str]:
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in names:
+        raise ValueError(
+            f"{path}, line {names.index('') + 1}, is empty, and the labels after it would be one "
+            f"off; delete it, or write {UNUSED_LABEL} for a label without a name."
+        )
+    return dict(enumerate(names))
+
+
+def _names_in_json(path: Path, text: str) -> dict[int, str]:
     try:
         content = json.loads(text)
         if isinstance(content, list):

@@ -1,6 +1,6 @@
 """Names of COCO's categories, by the ids that its annotations use."""
 
-from hf_querydet.data.labels import UNUSED_LABEL
+from hf_querydet.configuration_utils import UNUSED_LABEL
 
 # 80 categories with ids from 1 to 90. cocodataset.org
 COCO_NAMES = {

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-CategoryId = int | str
+from hf_querydet.configuration_utils import UNUSED_LABEL
 
-# Slots of a model's head that stand for no class (COCO's 91 ids have 11 of them).
-UNUSED_LABEL = "N/A"
+CategoryId = int | str
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from accelerate.utils import gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
+from hf_querydet.configuration_utils import UNUSED_LABEL
 from hf_querydet.file_writing import JsonArrayWriter, partial_file
 from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
 
-UNUSED_LABEL = "N/A"
 UNDEFINED = -1.0
 METRIC_NAMES = (
     "map",

@@ -505,6 +505,15 @@ def test_left_overs_of_profilers_and_counters_are_ignored():
     assert set(conversion.ignored) == set(extra)
 
 
+def test_mixed_types_become_the_widest():
+    tensors = {name: tensor.half() for name, tensor in tensors_of("detr").items()}
+    assert convert("detr", tensors).model.dtype == torch.float16
+    tensors["class_embed.bias"] = tensors["class_embed.bias"].float() + 1e-5
+    model = convert("detr", tensors).model
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert torch.equal(model.class_head.bias, tensors["class_embed.bias"])
+
+
 @pytest.mark.parametrize("variant", ["efficient_detr", "yolo"])
 def test_variant_without_published_checkpoints_is_an_error(variant, tmp_path):
     with pytest.raises(ValueError, match=f"variant must be one of detr, .*got '{variant}'"):

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_convert_then_export(checkpoint, tmp_path):
-    (tmp_path / "names.txt").write_text("ant\nbee\n\ncat\n")
+    (tmp_path / "names.txt").write_text("\ufeffant\nbee\ncat\n\n")
     (tmp_path / "fields.json").write_text('{"eos_coefficient": 0.2}')
     options = ("--dc5", "--labels", tmp_path / "names.txt", "--config", tmp_path / "fields.json")
 
@@ -56,6 +56,8 @@ def test_convert_then_export(checkpoint, tmp_path):
         ("names.json", "[1, 2, 3]", "must hold names that are strings"),
         ("names.txt", "a\nb\nc\nd", "has 3 labels, 0 to 2, but there are 4 names"),
         ("names.txt", "", "has 3 labels, 0 to 2, but there are 0 names"),
+        ("names.txt", "a\n\nb", "line 2, is empty, and the labels after it would be one off"),
+        ("names.txt", "a\nb\na", "has more than one label named 'a'; names must differ"),
         (None, None, "There is no file"),
     ],
 )
