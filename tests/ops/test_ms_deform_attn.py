@@ -439,7 +439,7 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_is_an_error():
     # The operator has no rule for it, and would give tangents of zero without a word.
     value, locations, weights = random_inputs(LEVELS)

@@ -122,7 +122,7 @@ def test_other_number_of_strides_is_an_error():
         pool(pyramid(), strides=[4.0])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_is_an_error():
     with forward_ad.dual_level():
         tokens = forward_ad.make_dual(pyramid(), pyramid())
