@@ -9,7 +9,7 @@ post-processing does not undo it; DETR (arXiv:2005.12872) and its followers do n
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -110,6 +110,12 @@ class DetectionImageProcessor(TorchvisionBackend):
         annotations are boxes.
         """
         content = dict(image_processor_dict)
+        max_size = kwargs.pop("max_size", None)
+        if max_size is not None:  # a keyword of loading rules over what is in the file
+            content.pop("max_size", None)
+            size = kwargs.pop("size", None) or content.get("size") or cls.size["shortest_edge"]
+            size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
+            content["size"] = size | {"longest_edge": max_size}
         if content.get("format") == AnnotationFormat.COCO_PANOPTIC.value:
             del content["format"]
         return super().from_dict(content, **kwargs)
@@ -586,7 +592,9 @@ def _pixel_mask(
 def _read_target_sizes(target_sizes: Tensor | Sequence[Sequence[int]], boxes: Tensor) -> Tensor:
     """Target sizes as float (batch, 2) on the device of the boxes."""
     if not isinstance(target_sizes, Tensor):
-        target_sizes = torch.tensor([[float(side) for side in size] for size in target_sizes])
+        # One size where several are meant becomes another shape, which the next error names.
+        rows = [size if isinstance(size, Iterable) else [size] for size in target_sizes]
+        target_sizes = torch.tensor([[float(side) for side in row] for row in rows])
     sizes = target_sizes.to(boxes.device, boxes.dtype)
     if sizes.shape != (len(boxes), 2):
         raise ValueError(

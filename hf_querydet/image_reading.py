@@ -18,7 +18,7 @@ Transparent pixels show white, as in transformers.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,10 +80,15 @@ def _walk(images: Any) -> Iterator[Any]:
     elif isinstance(images, (str, os.PathLike, PIL.Image.Image, np.ndarray, Tensor)):
         yield images
     else:
-        raise TypeError(
-            "images must be PIL pictures, paths, URLs, numpy arrays or torch tensors, "
-            f"got {type(images).__name__}."
-        )
+        raise _no_picture(images)
+
+
+def _no_picture(thing: Any) -> TypeError:
+    hint = "; pass its picture, row['image']" if isinstance(thing, Mapping) else ""
+    return TypeError(
+        "images must be PIL pictures, paths, URLs, numpy arrays or torch tensors, "
+        f"got {type(thing).__name__}{hint}."
+    )
 
 
 def read_picture(
@@ -113,7 +118,7 @@ def read_picture(
         interleaved colours, and resizing is fastest on that layout.
 
     Raises:
-        TypeError: If the element type is not a number.
+        TypeError: If it is no picture, or its element type is not a number.
         ValueError: If the shape or a value does not make a picture, or a file cannot be read.
     """
     if isinstance(picture, (str, os.PathLike)):
@@ -193,6 +198,8 @@ def _as_tensor(array: np.ndarray | Tensor) -> Tensor:
     """The array as a plain tensor that shares memory where torch can."""
     if isinstance(array, Tensor):
         return array.detach().as_subclass(Tensor)
+    if not isinstance(array, np.ndarray):
+        raise _no_picture(array)
     if array.dtype.kind not in "buif":
         raise TypeError(
             f"A picture must hold integers, floats or bools, got a numpy array of {array.dtype}."

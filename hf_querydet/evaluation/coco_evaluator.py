@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_querydet.configuration_utils import UNUSED_LABEL
 from hf_querydet.file_writing import JsonArrayWriter, partial_file
-from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy
+from hf_querydet.ops.boxes import BOX_TOLERANCE, boxes_cxcywh_to_xyxy
 
 UNDEFINED = -1.0
 METRIC_NAMES = (
@@ -66,7 +66,8 @@ class CocoEvaluator:
     """Collects predictions picture by picture and computes COCO's numbers at the end.
 
     Under several processes each one feeds it its own pictures; :meth:`compute` merges them and
-    gives every process the same result. A picture that the sampler gave twice counts once.
+    gives every process the same result. A picture that is given twice counts once, with what was
+    found last; of a picture that several processes had, one result counts.
 
     Args:
         id2label: ``model.config.id2label``. Labels named "N/A" are no classes and are left out.
@@ -114,8 +115,8 @@ class CocoEvaluator:
                 taken from them: boxes relative to the picture, areas in pixels of ``size``.
 
         Raises:
-            ValueError: If the lists differ in length, a label is not in ``id2label``, or two
-                different pictures have one image id.
+            ValueError: If the lists differ in length, a label is not in ``id2label``, boxes of
+                labels are not relative, or two different pictures have one image id.
         """
         if len(predictions) != len(labels):
             raise ValueError(
@@ -123,8 +124,9 @@ class CocoEvaluator:
                 f"{len(predictions)} and {len(labels)}."
             )
         for prediction, target in zip(predictions, labels, strict=True):
-            picture = self._picture(prediction, target)
-            self._add(int(target["image_id"]), picture)
+            image_id, picture = int(target["image_id"]), self._picture(prediction, target)
+            self._check_targets(image_id, picture)
+            self._pictures[image_id] = picture
 
     def compute(self) -> dict[str, float]:
         """COCO's numbers over the pictures of all processes.
@@ -205,7 +207,14 @@ class CocoEvaluator:
         order = order[: self.max_detections]
         height, width = target["orig_size"].tolist()
         target_labels = _joined(target, "class_labels", "crowd_class_labels").astype(np.int32)
-        boxes_xywh = _to_pixels_xywh(_joined(target, "boxes", "crowd_boxes"), height, width)
+        boxes = _joined(target, "boxes", "crowd_boxes")
+        if not ((boxes >= -BOX_TOLERANCE) & (boxes <= 1 + BOX_TOLERANCE)).all():
+            raise ValueError(
+                f"labels of image {int(target['image_id'])} have boxes that are not (centre x, "
+                f"centre y, width, height) relative to the picture, between 0 and 1: {boxes[:3]}; "
+                "take labels as the image processor makes them from annotations."
+            )
+        boxes_xywh = _to_pixels_xywh(boxes, height, width)
         num_objects = len(target["class_labels"])
         picture = _Picture(
             size=(height, width),
@@ -227,8 +236,8 @@ class CocoEvaluator:
                 )
         return picture
 
-    def _add(self, image_id: int, picture: _Picture) -> None:
-        known = self._pictures.setdefault(image_id, picture)
+    def _check_targets(self, image_id: int, picture: _Picture) -> None:
+        known = self._pictures.get(image_id, picture)
         if not known.has_targets_of(picture):
             raise ValueError(
                 f"image_id {image_id} belongs to two pictures with different ground truth; image "
@@ -238,7 +247,8 @@ class CocoEvaluator:
     def _merge_processes(self) -> None:
         # On one process the list comes back as it is.
         for image_id, picture in gather_object(list(self._pictures.items())):
-            self._add(image_id, picture)
+            self._check_targets(image_id, picture)
+            self._pictures.setdefault(image_id, picture)
 
     def _evaluate(self, classes: list[int]) -> COCOeval_faster:
         images = [

@@ -47,14 +47,25 @@ class DetectionTrainer(Trainer):
     can use :class:`~hf_querydet.evaluation.DetectionMetrics`, which brings the labels into the one
     form that survives.
 
+    ``predict`` returns metrics and no predictions.
+
     Training goes as with ``Trainer``; a model that has a schedule of its own is told how much of
     the run is done, see :class:`TrainingProgressCallback`. In a process that sees several GPUs it
     uses the first one: ``Trainer`` would cut the labels of each picture into pieces for them
     (``torch.nn.DataParallel``). For all of them start a process per GPU with ``accelerate launch``.
+
+    Raises:
+        ValueError: If ``compute_metrics`` or ``preprocess_logits_for_metrics`` is given.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"DetectionTrainer computes COCO's numbers itself and would never call {name}; "
+                    "leave it out, or use transformers' Trainer with DetectionMetrics."
+                )
         if self.args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible and the first one is used; `accelerate launch --multi_gpu` "

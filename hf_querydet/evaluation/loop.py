@@ -33,13 +33,15 @@ def evaluate_detector(
         model: A detector, wrapped by accelerate or not.
         processor: Its image processor.
         batches: As :func:`evaluation_loader` or a loader that accelerate has prepared gives them.
-        evaluator: Collects the predictions, which can be had from it afterwards.
+        evaluator: Collects the predictions, which can be had from it afterwards. It forgets what it
+            had before.
         threshold: Detections with a score above it count. COCO wants all of them.
         device: Where batches are sent; not given: they are on the model's device already.
 
     Returns:
         What :meth:`CocoEvaluator.compute` returns.
     """
+    evaluator.reset()
     was_training = model.training
     model.eval()
     for batch in batches:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from hf_querydet.image_reading import read_picture
 from hf_querydet.inference.batching import in_batches, read_ahead
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.registration import load_detector
+
+ONE_PICTURE = (str, os.PathLike, Image.Image)
 
 AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -93,7 +96,10 @@ def detect(
         TypeError: If ``pictures`` is a single picture, or holds something else.
         ValueError: If a picture cannot be read, or ``batch_size`` is not positive.
     """
-    if isinstance(pictures, (str, os.PathLike, Image.Image)):
+    is_array = isinstance(pictures, (np.ndarray, Tensor))
+    # An array of 4 dimensions holds several pictures; the rows of one would pass for grey ones.
+    is_one = pictures.ndim < 4 if is_array else isinstance(pictures, ONE_PICTURE)
+    if is_one:
         raise TypeError(
             f"pictures must be several, got one {type(pictures).__name__}; pass [picture]."
         )
@@ -115,11 +121,15 @@ def read_for(processor: DetectionImageProcessor, picture: Any) -> Tensor:
         TypeError: If it is no picture.
         ValueError: If it cannot be read.
     """
-    return read_picture(
+    read = read_picture(
         picture,
         convert_rgb=bool(processor.do_convert_rgb),
         to_8bit_scale=bool(processor.do_rescale),
     )
+    if read.is_floating_point() and processor.do_rescale and read.amax() <= 1:
+        # The processor would take it for a picture from 0 to 1. It is nearly black.
+        read = read.round().to(torch.uint8)
+    return read
 
 
 def detect_batch(

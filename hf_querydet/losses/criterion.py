@@ -21,12 +21,10 @@ from hf_querydet.losses.matching import (
     focal_class_cost,
     softmax_class_cost,
 )
-from hf_querydet.ops.boxes import boxes_cxcywh_to_xyxy, generalized_box_iou
+from hf_querydet.ops.boxes import BOX_TOLERANCE, boxes_cxcywh_to_xyxy, generalized_box_iou
 from hf_querydet.outputs import SetPredictions
 
 Labels = Sequence[Mapping[str, Tensor]]
-# Rounding of clipped boxes; a box in pixels exceeds 1 by far more.
-BOX_TOLERANCE = 1e-3
 
 
 class Classification(Protocol):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # A box grows at most this much in one step of apply_box_deltas, as a logarithm.
 MAX_LOG_SCALE = math.log(100_000 / 16)
+# What clipped relative boxes exceed 0 to 1 by in rounding; boxes in pixels exceed it by far more.
+BOX_TOLERANCE = 1e-3
 
 
 def boxes_cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:

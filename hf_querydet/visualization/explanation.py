@@ -1,5 +1,6 @@
 """Why a query fired: what it started from, where it looked and what it said, layer by layer."""
 
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,11 +151,16 @@ class PictureRecording:
         if query == BEST:
             return int(self.detections["queries"][0])
         num_queries = self._recording.logits.shape[2]
-        if isinstance(query, bool) or not isinstance(query, int) or not 0 <= query < num_queries:
+        try:
+            number = -1 if isinstance(query, (bool, str)) else operator.index(query)
+        except TypeError:  # neither a number nor a tensor or array of one
+            number = -1
+        if not 0 <= number < num_queries:
             raise ValueError(
                 f"query must be {BEST!r} or a whole number from 0 to {num_queries - 1}, the "
                 f"queries of this model, got {query!r}."
             )
+        query = number
         is_usable = self._recording.is_usable
         if is_usable is not None and not is_usable[self._index, query]:
             raise ValueError(
@@ -218,7 +224,7 @@ def record(
     check_detector(model, processor)
     images = flatten_pictures(images)
     pictures = [rgb_picture(image) for image in images]
-    outputs = run_recorded(model, processor(images, return_tensors="pt"))
+    outputs = run_recorded(model, processor(images, do_pad=True, return_tensors="pt"))
     detections = processor.post_process_object_detection(
         outputs,
         threshold=-1.0,  # keeps scores of 0 too

@@ -285,6 +285,28 @@ def test_a_picture_given_twice_counts_once():
     assert evaluator.compute() == once
 
 
+def test_newest_detections_of_a_picture_count():
+    scenes = SceneMaker()
+    nothing_found = [{**picture, "detections": []} for picture in scenes.pictures]
+
+    evaluator = feed(CocoEvaluator(ID2LABEL), scenes, [*nothing_found, *scenes.pictures])
+
+    assert evaluator.compute() == feed(CocoEvaluator(ID2LABEL), scenes).compute()
+
+
+def test_boxes_in_pixels_are_an_error():
+    labels = {
+        "image_id": torch.tensor([7]),
+        "orig_size": torch.tensor([60, 80]),
+        "class_labels": torch.tensor([1]),
+        "boxes": torch.tensor([[40.0, 30.0, 20.0, 10.0]]),
+    }
+    nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0), "boxes": torch.zeros(0, 4)}
+
+    with pytest.raises(ValueError, match=r"labels of image 7 have boxes that are not .* relative"):
+        CocoEvaluator(ID2LABEL).update([nothing], [labels])
+
+
 def test_compute_can_be_called_again_and_reset_forgets():
     scenes = SceneMaker()
     evaluator = feed(CocoEvaluator(ID2LABEL), scenes)

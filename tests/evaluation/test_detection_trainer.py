@@ -88,6 +88,14 @@ def progress_of_training(monkeypatch, folder, model, processor, max_steps, **opt
     return told
 
 
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics"])
+def test_function_that_would_never_be_called_is_an_error(tmp_path, detector, name):
+    arguments = TrainingArguments(tmp_path, report_to="none")
+
+    with pytest.raises(ValueError, match=f"would never call {name}; leave it out"):
+        DetectionTrainer(detector, arguments, **{name: lambda *_: {}})
+
+
 def test_one_process_uses_one_gpu(tmp_path, detector, processor, dataset, caplog):
     arguments = TrainingArguments(tmp_path, per_device_train_batch_size=3, report_to="none")
     arguments._n_gpu = 2  # as a process that sees two

@@ -49,3 +49,15 @@ def test_model_is_in_evaluation_mode_meanwhile(dataset, training):
 
     assert modes == [False]
     assert model.training is training
+
+
+def test_evaluator_of_an_earlier_model_forgets_it(dataset):
+    earlier, processor = build_detector("detr", scale=0.1)
+    model, _ = build_detector("conditional_detr", scale=0.1)
+    loader = evaluation_loader(dataset, processor, batch_size=3)
+    evaluator = CocoEvaluator(ID2LABEL)
+    evaluate_detector(earlier, processor, loader, evaluator)
+
+    metrics = evaluate_detector(model, processor, loader, evaluator)
+
+    assert metrics == evaluate_detector(model, processor, loader, CocoEvaluator(ID2LABEL))

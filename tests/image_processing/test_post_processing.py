@@ -130,6 +130,7 @@ def test_results_carry_no_gradient():
     ("target_sizes", "message"),
     [
         ([(100, 200)], r"shape \(2, 2\), got \(1, 2\)"),
+        ((100, 200), r"one \(height, width\) per picture.* got \(2, 1\)"),
         (torch.tensor([100, 200]), r"shape \(2, 2\), got \(2,\)"),
         (torch.zeros(2, 3), r"shape \(2, 2\), got \(2, 3\)"),
         ([(100, 200), (0, 80)], "must be positive, got"),

@@ -41,6 +41,10 @@ def test_arguments_of_loading_win(tmp_path):
     size = {"shortest_edge": 96, "longest_edge": 160}
 
     assert DetectionImageProcessor.from_pretrained(tmp_path, size=size).size == size
+    limited = DetectionImageProcessor.from_pretrained(tmp_path, max_size=900)
+    assert limited.size == {"shortest_edge": 800, "longest_edge": 900}
+    limited = DetectionImageProcessor.from_pretrained(tmp_path, size=300, max_size=500)
+    assert limited.size == {"shortest_edge": 300, "longest_edge": 500}
 
 
 # Written by transformers 4.x before image processors had their name.

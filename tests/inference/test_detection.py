@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -5,7 +6,7 @@ from saved_detector import ID2LABEL, build_detector, save_detector
 from tiny import picture
 from transformers import pipeline
 
-from hf_querydet.inference import autocast, detect, load_for_inference
+from hf_querydet.inference import autocast, detect, load_for_inference, predict
 
 THRESHOLD = 0.57  # of some detections the score is above, of some below
 SIZES = [(61, 43), (38, 57), (75, 31), (52, 49), (33, 80)]
@@ -113,7 +114,39 @@ def test_top_k_keeps_the_best(detector, pictures):
     assert_same(list(results), [expected])
 
 
-@pytest.mark.parametrize("one", ["a.png", Image.new("RGB", (8, 8))])
+def test_dark_picture_of_floats_is_read_once(detector):
+    model, processor = detector
+    # At most 1 of 255: read a second time, it would pass for a picture from 0 to 1.
+    dark = (np.random.default_rng(0).integers(0, 2, (40, 60, 3)) / 255).astype(np.float32)
+    inputs = processor((dark * 255).astype(np.uint8), return_tensors="pt")
+    expected = predict(model, processor, inputs, [(40, 60)], threshold=0.0)
+
+    assert_same(list(detect(model, processor, [dark], threshold=0.0)), expected)
+
+
+def test_what_is_no_picture_is_named(detector):
+    row = {"image": Image.new("RGB", (8, 8))}
+    with pytest.raises(TypeError, match=r"got dict; pass its picture, row\['image'\]"):
+        list(detect(*detector, [row]))
+    with pytest.raises(TypeError, match=r"images must be PIL pictures.* got list"):
+        list(detect(*detector, [[row["image"]]]))
+
+
+def test_array_of_several_pictures_is_several(detector):
+    pictures = np.zeros((2, 24, 32, 3), dtype=np.uint8)
+    assert len(list(detect(*detector, pictures))) == 2
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        "a.png",
+        Image.new("RGB", (8, 8)),
+        np.zeros((8, 8, 3), dtype=np.uint8),
+        torch.zeros(3, 8, 8),
+        torch.zeros(8, 8),
+    ],
+)
 def test_one_picture_is_not_several(detector, one):
     with pytest.raises(TypeError, match=r"pictures must be several, got one .*; pass \[picture\]"):
         detect(*detector, one)

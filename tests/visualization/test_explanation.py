@@ -139,9 +139,14 @@ def test_pictures_of_a_batch_are_explained_as_alone(detr):
             torch.testing.assert_close(one.evidence.maps["total"], other.evidence.maps["total"])
 
 
-def test_picture_that_fills_the_canvas_needs_no_mask(detr):
+def test_pictures_of_unlike_sizes_are_padded_whatever_the_processor_says(detr):
     model, processor = detr
-    explanation = explain(model, type(processor)(size=SIZE, do_pad=False), picture(96, 64))
+    pictures = [picture(90, 60), picture(50, 140, seed=1)]
+    assert len(record(model, type(processor)(size=SIZE, do_pad=False), pictures)) == 2
+
+
+def test_picture_that_fills_the_canvas_has_its_extent(detr):
+    explanation = explain(*detr, picture(96, 64))
     assert explanation.layers[0].evidence.extent == (96.0, 64.0)
 
 
@@ -172,7 +177,14 @@ def test_query_without_a_token_is_an_error():
         recorded.explain(query)
 
 
-@pytest.mark.parametrize("query", [5, -1, 1.0, "worst", True])
+@pytest.mark.parametrize("query", [torch.tensor(3), np.int64(3)])
+def test_query_may_be_a_number_of_torch_or_numpy(detr, query):
+    explanation = explain(*detr, picture(90, 60), query=query)
+    assert type(explanation.query) is int
+    assert explanation.query == 3
+
+
+@pytest.mark.parametrize("query", [5, -1, 1.0, "worst", True, torch.tensor([1, 2])])
 def test_query_that_there_is_not_is_an_error(detr, query):
     with pytest.raises(ValueError, match="query must be 'best' or a whole number from 0 to 4"):
         explain(*detr, picture(90, 60), query=query)
