@@ -185,8 +185,7 @@ def alert_not_deterministic(name: str, device_type: str) -> None:
         return
     message = (
         f"The backward of {name} on CUDA adds in an order that varies, but "
-        "torch.use_deterministic_algorithms(True) is set. Pass warn_only=True to it, or set "
-        "HF_QUERYDET_KERNELS=off."
+        "torch.use_deterministic_algorithms(True) is set; pass warn_only=True to it."
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)
