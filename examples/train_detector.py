@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedType, skip_first_batches
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     ProjectConfiguration,
     disable_fsdp_ram_efficient_loading,
     set_seed,
@@ -56,14 +57,16 @@ class Run:
     model: Any
     processor: Any
     average: Any  # of the weights, or None
+    recipe: Recipe
     optimizer: Any
-    scheduler: Any
     train_loader: Any
     eval_loader: Any
     train_data: Any
     eval_data: Any
     progress: training.TrainingProgress
-    num_steps: int
+    # See plan.
+    num_steps: int = 0
+    scheduler: Any = None
 
     @property
     def detector(self) -> Any:
@@ -249,6 +252,9 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     average = None
     if options.ema_decay:
         average = training.weight_average(model, decay=options.ema_decay, device=accelerator.device)
+    if not model.config.auxiliary_loss:
+        # Heads of earlier stages may get no gradient then.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     model, optimizer, train_loader, eval_loader = accelerator.prepare(
         model, optimizer, train_loader, eval_loader
     )
@@ -257,43 +263,51 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
         batches_per_epoch=None if options.streaming else len(train_loader),
         batches_per_step=options.gradient_accumulation,
     )
-    num_steps = options.max_train_steps
-    if not options.streaming:
-        num_steps = min(options.epochs * progress.steps_per_epoch, num_steps or math.inf)
-    warmup_steps = options.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = round(recipe.warmup_fraction * num_steps)
-    scheduler = training.learning_rate_schedule(
-        optimizer.optimizer,
-        schedule=options.schedule,
-        num_steps=num_steps,
-        warmup_steps=warmup_steps,
-        step_fraction=recipe.step_fraction,
-    )
-    # The schedule follows from the step and the options.
     accelerator.register_for_checkpointing(*filter(None, (progress, average)))
     # From here on chance is dropout, another one in each process.
     set_seed(options.seed, device_specific=True)
-    return Run(
+    run = Run(
         options=options,
         accelerator=accelerator,
         model=model,
         processor=processor,
         average=average,
+        recipe=recipe,
         optimizer=optimizer,
-        scheduler=scheduler,
         train_loader=train_loader,
         eval_loader=eval_loader,
         train_data=train_data,
         eval_data=eval_data,
         progress=progress,
-        num_steps=num_steps,
+    )
+    plan(run)
+    return run
+
+
+def plan(run: Run) -> None:
+    """Set the length of the run and its learning rates, from the progress on."""
+    options, progress = run.options, run.progress
+    run.num_steps = options.max_train_steps
+    if not options.streaming:
+        run.num_steps = min(progress.steps_after(options.epochs), run.num_steps or math.inf)
+    warmup_steps = options.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = round(run.recipe.warmup_fraction * run.num_steps)
+    run.scheduler = training.learning_rate_schedule(
+        run.optimizer.optimizer,
+        schedule=options.schedule,
+        num_steps=run.num_steps,
+        warmup_steps=warmup_steps,
+        step_fraction=run.recipe.step_fraction,
     )
 
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was made, with the learning rates and weight decay of now."""
+    peaks = run.scheduler.base_lrs  # loading brings those of the checkpoint
     run.accelerator.load_state(checkpoint)
+    plan(run)
+    run.scheduler.base_lrs = peaks
     training.continue_schedule(run.scheduler, run.progress.step)
     training.rename_checkpoint(run.accelerator, checkpoint, run.progress.step)
     say(run.accelerator, f"Resumed from {checkpoint.name}.")
@@ -333,7 +347,9 @@ def train_one_epoch(run: Run, bar: Any) -> float:
             terms = training.mean_loss_terms(
                 accelerator, outputs, batch["labels"], progress.step + 1
             )
-            accelerator.backward(outputs.loss)
+            # accelerate divides by the length of a whole window.
+            window = progress.batches_in_window
+            accelerator.backward(outputs.loss * (progress.batches_per_step / window))
             if accelerator.sync_gradients and options.max_grad_norm:
                 accelerator.clip_grad_norm_(run.model.parameters(), options.max_grad_norm)
             run.optimizer.step()
@@ -422,6 +438,8 @@ def save_model(
 ) -> None:
     """Save ``last``: model, image processor, metrics and model card."""
     state = run.accelerator.get_state_dict(run.detector)
+    # Of a compiled model (accelerate's dynamo options) the names have the wrapper's in them.
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
 
     def write(directory: Path) -> None:
         run.accelerator.unwrap_model(run.detector).save_pretrained(directory, state_dict=state)

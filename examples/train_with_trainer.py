@@ -23,6 +23,8 @@ from hf_querydet.evaluation import DetectionTrainer, format_table
 
 
 def main() -> None:
+    if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     name, dataset, *options = sys.argv[1:]
     parser = HfArgumentParser(TrainingArguments)
     parser.set_defaults(

@@ -220,6 +220,6 @@ def _hub_id(name_or_path: str | None) -> str | None:
 
 def _last_part(name_or_path: str) -> str:
     """Nobody else need know the folders of the machine that trained."""
-    parts = [part for part in Path(name_or_path).absolute().parts if "{split}" not in part]
-    is_file = name_or_path.endswith(".json")
-    return parts[-2] if is_file and len(parts) > 1 else parts[-1]
+    path = Path(name_or_path).absolute()
+    folder = path.parent if path.suffix == ".json" else path
+    return [part for part in folder.parts if "{split}" not in part][-1]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
@@ -254,6 +255,9 @@ def load_detector_for_labels(
 ) -> tuple[DetectorPreTrainedModel, DetectionImageProcessor, bool]:
     """Load a detector to be trained on a dataset, whose labels decide about its class head.
 
+    Its weights are float32 whatever the file holds: in half types the steps of an optimizer are
+    mostly too small to change anything. Mixed precision is a matter of the training loop.
+
     If the detector has every name of the dataset, its class head and its labels are kept, also
     where it has further names or another order. Otherwise it gets the labels of the dataset and a
     new class head, also where there are as many as before: the old weights stand for other classes.
@@ -263,7 +267,7 @@ def load_detector_for_labels(
     Args:
         name_or_path: Directory or Hub id.
         id2label: Labels of the dataset. Slots of the detector named "N/A" are no names.
-        **kwargs: For the model's ``from_pretrained``.
+        **kwargs: For the model's ``from_pretrained``; ``dtype`` among them, if it must be another.
 
     Returns:
         Detector, image processor, and whether the class head was kept.
@@ -274,6 +278,7 @@ def load_detector_for_labels(
     """
     hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     stored = load_config(name_or_path, **hub_options)
+    kwargs.setdefault("dtype", torch.float32)
     names = set(id2label.values())
     if names <= set(stored.id2label.values()) - {UNUSED_LABEL}:
         return *load_detector(name_or_path, **kwargs), True

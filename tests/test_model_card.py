@@ -77,6 +77,7 @@ def test_people_read_how_it_was_made_and_is_used():
         ("/home/me/pets", "pets"),
         ("/home/me/pets/{split}/instances.json", "pets"),
         ("/home/me/pets/train.json", "pets"),
+        ("/home/me/pets/{split}.json", "pets"),
     ],
 )
 def test_folders_of_the_machine_are_not_published(dataset, shown):

@@ -78,7 +78,8 @@ def detect(
     """Find objects in pictures: boxes in a file, and drawn on copies of the pictures.
 
     A copy has the name of its picture, below the folder of results; what is there is replaced.
-    Files that cannot be read are reported, and the exit code is 1. Runs on several GPUs or machines
+    Files that cannot be read, and copies that cannot be written, are reported, and the exit code is
+    1. Runs on several GPUs or machines
     under `accelerate launch -m hf_querydet detect ...`.
     """
     from hf_querydet.inference import (
@@ -122,16 +123,25 @@ def detect(
         typer.echo(f"No score is above {threshold}; --threshold lowers that.")
     if counts["unreadable"]:
         typer.echo(f"{counts['unreadable']} files could not be read.", err=True)
+    if counts["not drawn"]:
+        typer.echo(f"{counts['not drawn']} pictures could not be drawn.", err=True)
+    if counts["unreadable"] or counts["not drawn"]:
         raise typer.Exit(1)
 
 
 def _keep_safe(pictures: Path, output: Path) -> None:
     """Refuse a folder of results in which copies could take the place of pictures."""
+    from hf_querydet.inference import RESULT_FILES, list_pictures
+
+    remedy = "copies with boxes would replace pictures. Choose another folder, or --no-pictures."
     folder = pictures if pictures.is_dir() else pictures.parent
     if folder.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"--output {output} holds {pictures}: {remedy}")
+    has_results = any((output / name).exists() for name in RESULT_FILES)
+    if output.is_dir() and not has_results and next(list_pictures(output), None) is not None:
         raise ValueError(
-            f"--output {output} holds {pictures}: copies with boxes would replace pictures. Choose "
-            "another folder, or --no-pictures."
+            f"--output {output} holds pictures that are no results of an earlier run (it has none "
+            f"of {', '.join(RESULT_FILES)}): {remedy}"
         )
 
 
@@ -140,9 +150,12 @@ def _write(results: "Iterable[FileDetections]", write: "ResultWriter") -> Counte
     counts = Counter()
     for result in results:
         if result.error:
-            tqdm.write(f"Not read: {result.error}", file=sys.stderr)
+            tqdm.write(f"Not read: {result.name}: {result.error}", file=sys.stderr)
             counts["unreadable"] += 1
             continue
+        if result.call_error:
+            tqdm.write(f"Not drawn: {result.name}: {result.call_error}", file=sys.stderr)
+            counts["not drawn"] += 1
         write(result)
         counts["pictures"] += 1
         counts["objects"] += len(result.scores)

@@ -106,6 +106,9 @@ class DetectionTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
         """Run the model on a batch and keep its detections; only the loss is handed on."""
+        # With bf16_full_eval or fp16_full_eval the model has another type than the pictures.
+        dtype = next(model.parameters()).dtype
+        inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
         loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
         if labels is None:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from hf_querydet.data import DetectionCollator, DetectionDataset, IterableDetectionDataset
@@ -42,6 +43,9 @@ def evaluate_detector(
         What :meth:`CocoEvaluator.compute` returns.
     """
     evaluator.reset()
+    if isinstance(model, DistributedDataParallel):
+        # Its forward waits for the other processes, which may have fewer batches, or none.
+        model = model.module
     was_training = model.training
     model.eval()
     for batch in batches:

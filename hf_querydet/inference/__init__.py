@@ -4,9 +4,10 @@ from hf_querydet.inference.detection import autocast, detect, load_for_inference
 from hf_querydet.inference.drawn_pictures import drawn_path, picture_drawer, picture_explainer
 from hf_querydet.inference.file_detection import FileDetections, detect_in_files
 from hf_querydet.inference.picture_files import PictureFile, list_pictures
-from hf_querydet.inference.result_files import result_writer
+from hf_querydet.inference.result_files import RESULT_FILES, result_writer
 
 __all__ = [
+    "RESULT_FILES",
     "FileDetections",
     "PictureFile",
     "autocast",

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -29,6 +29,8 @@ class FileDetections:
         labels: Of each detection.
         boxes_xyxy: Of each detection, pixels of the upright picture.
         error: Why the file could not be read; empty if it could.
+        call_error: What a call of ``on_detected`` failed with, a copy that could not be written for
+            example; empty if none did.
     """
 
     name: str
@@ -38,6 +40,7 @@ class FileDetections:
     labels: tuple[int, ...] = ()
     boxes_xyxy: tuple[tuple[float, ...], ...] = ()
     error: str = ""
+    call_error: str = ""
 
 
 def detect_in_files(
@@ -66,7 +69,8 @@ def detect_in_files(
         num_workers: Threads per process that read files while the model computes, each a batch
             ahead.
         on_detected: Called with each picture, (channels, height, width), and its detections, in the
-            process that has found them; for example :func:`picture_drawer`.
+            process that has found them; for example :func:`picture_drawer`. An ``OSError`` or
+            ``ValueError`` that it raises is reported in the result.
 
     Returns:
         One result per file.
@@ -116,9 +120,13 @@ def _detect(
         if file not in found:
             results.append(FileDetections(file.name, error=content))
             continue
-        for call in on_detected:
-            call(file, content, found[file])
-        results.append(_in_plain_numbers(file, content, found[file]))
+        result = _in_plain_numbers(file, content, found[file])
+        try:
+            for call in on_detected:
+                call(file, content, found[file])
+        except (OSError, ValueError) as error:
+            result = replace(result, call_error=str(error))
+        results.append(result)
     return results
 
 

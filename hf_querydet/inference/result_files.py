@@ -13,6 +13,9 @@ from hf_querydet.inference.file_detection import FileDetections
 # A hundredth of a pixel and a hundred-thousandth of a score; more digits would be noise.
 BOX_DECIMALS, SCORE_DECIMALS = 2, 5
 
+JSON_LINES_FILE, COCO_FILE = "detections.jsonl", "detections.json"
+RESULT_FILES = (JSON_LINES_FILE, COCO_FILE)
+
 
 class ResultWriter(Protocol):
     """Takes results one by one."""
@@ -51,7 +54,7 @@ def result_writer(
 
 @contextmanager
 def _json_lines(output_dir: Path, id2label: Mapping[int, str]) -> Iterator[ResultWriter]:
-    with partial_file(output_dir / "detections.jsonl") as file:
+    with partial_file(output_dir / JSON_LINES_FILE) as file:
 
         def write(result: FileDetections) -> None:
             detections = [
@@ -73,7 +76,7 @@ def _json_lines(output_dir: Path, id2label: Mapping[int, str]) -> Iterator[Resul
 def _coco(output_dir: Path, id2label: Mapping[int, str]) -> Iterator[ResultWriter]:
     with (
         partial_file(output_dir / "images.json") as images_file,
-        partial_file(output_dir / "detections.json") as detections_file,
+        partial_file(output_dir / COCO_FILE) as detections_file,
     ):
         categories = [{"id": label, "name": name} for label, name in id2label.items()]
         images_file.write(f'{{"categories": {json.dumps(categories)},\n"images": ')

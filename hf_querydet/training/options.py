@@ -232,5 +232,15 @@ def shown_command(words: Sequence[str]) -> str:
             next(rest, None)
         elif not word.startswith("--hub-token="):
             shown.append(word)
-    command = shlex.join(["accelerate", "launch", *shown])
-    return command.replace(f"{Path.home()}/", "~/")
+    return " ".join(["accelerate launch", *map(_quote_from_home, shown)])
+
+
+def _quote_from_home(word: str) -> str:
+    """A word for the shell, which puts its own home directory where ~/ stands unquoted."""
+    home = f"{Path.home()}/"
+    option, equals, value = word.partition("=")
+    if value.startswith(home):
+        return f"{shlex.quote(option)}{equals}~/{shlex.quote(value.removeprefix(home))}"
+    if word.startswith(home):
+        return f"~/{shlex.quote(word.removeprefix(home))}"
+    return shlex.quote(word)

@@ -42,6 +42,27 @@ class TrainingProgress:
             return None
         return math.ceil(self.batches_per_epoch / self.batches_per_step)
 
+    def steps_after(self, epochs: int) -> int | None:
+        """Optimizer steps that are done after so many epochs; None for a stream.
+
+        Where an epoch was cut short, its missing steps are not made up for.
+        """
+        if self.steps_per_epoch is None:
+            return None
+        steps_at_its_start = self.step - self.batch // self.batches_per_step
+        return steps_at_its_start + (epochs - self.epoch) * self.steps_per_epoch
+
+    @property
+    def batches_in_window(self) -> int:
+        """Batches whose gradients make the step that the next batch belongs to.
+
+        Fewer than usual at the end of an epoch. The end of a stream is not known beforehand.
+        """
+        if self.batches_per_epoch is None:
+            return self.batches_per_step
+        window_start = self.batch - self.batch % self.batches_per_step
+        return min(self.batches_per_step, self.batches_per_epoch - window_start)
+
     @property
     def epochs_since_best(self) -> int:
         """Epochs done since the evaluation with the highest AP."""

@@ -55,7 +55,7 @@ def _draw_cells(
 ) -> list[Line2D]:
     """Weights of cells as colours, as much as the map's largest weight is the brightest."""
     show_picture(panel, picture, brightness=1.0, gray=True)
-    weights = _of_heads(evidence.maps[part], head).mean((0, 1)).numpy(force=True)
+    weights = _of_heads(evidence.maps[part], head).float().mean((0, 1)).numpy(force=True)
     show_pixels(panel, weights, evidence.extent, cmap=WEIGHT_COLORS, alpha=0.6, vmin=0)
     panel.set(xlim=(0, picture.width), ylim=(picture.height, 0))
     note(panel, f"brightest {weights.max():.2g}")

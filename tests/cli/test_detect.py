@@ -81,7 +81,7 @@ def test_bad_file_is_reported_and_the_rest_is_done(model, pictures, tmp_path):
 
     output = run(model, pictures, "--output", tmp_path / "out", code=1)
 
-    assert "Not read: The picture" in output
+    assert "Not read: a/bad.png: The picture" in output
     assert "bad.png cannot be read" in output
     assert "1 files could not be read." in output
     assert [line["file_name"] for line in read_lines(tmp_path / "out")] == list(SIZES)
@@ -130,6 +130,28 @@ def test_pictures_are_never_replaced_by_their_copies(model, pictures, tmp_path, 
     assert set(content(tmp_path)) - set(before) == {tmp_path / output / "detections.jsonl"}
 
 
+def test_folder_of_other_pictures_is_no_place_for_copies(model, pictures, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.png").write_bytes(b"mine")
+
+    message = run(model, pictures, "--output", tmp_path / "mine", code=1)
+
+    assert "holds pictures that are no results of an earlier run" in message
+    assert [path.read_bytes() for path in (tmp_path / "mine").iterdir()] == [b"mine"]
+
+
+def test_copy_that_cannot_be_written_is_reported_and_the_rest_is_done(model, pictures, tmp_path):
+    (tmp_path / "out" / "a.png").mkdir(parents=True)  # a folder in the copy's place
+    (tmp_path / "out" / "detections.jsonl").touch()
+
+    output = run(model, pictures, "--output", tmp_path / "out", code=1)
+
+    assert "Not drawn: a.png: " in output
+    assert "1 pictures could not be drawn." in output
+    assert [line["file_name"] for line in read_lines(tmp_path / "out")] == list(SIZES)
+    assert (tmp_path / "out" / "b.jpg").is_file()
+
+
 def test_folder_without_pictures_is_an_error_and_leaves_nothing(model, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").touch()
@@ -140,7 +162,7 @@ def test_folder_without_pictures_is_an_error_and_leaves_nothing(model, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_failure_in_the_middle_leaves_no_results(model, pictures, tmp_path, monkeypatch):
+def test_copies_that_fail_in_the_middle_leave_nothing(model, pictures, tmp_path, monkeypatch):
     def full(self, path, *args, **kwargs):
         path.write_bytes(b"half")
         raise OSError("no space left")
@@ -149,8 +171,8 @@ def test_failure_in_the_middle_leaves_no_results(model, pictures, tmp_path, monk
 
     message = run(model, pictures, "--output", tmp_path / "out", code=1)
 
-    assert "Error: no space left" in message
-    assert not content(tmp_path / "out")
+    assert "Not drawn: a/b/a.png: no space left" in message
+    assert {path.name for path in content(tmp_path / "out")} == {"detections.jsonl"}
 
 
 def test_wrong_words_are_errors_of_usage(model, pictures, tmp_path):

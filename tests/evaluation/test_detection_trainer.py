@@ -28,6 +28,17 @@ def test_the_trainer_gives_the_numbers_of_the_whole_set(tmp_path, detector, proc
     assert prediction.predictions is None
 
 
+def test_detector_of_few_bits_is_evaluated(tmp_path, detector, processor, dataset):
+    expected = by_hand(detector, processor, dataset)
+    arguments = {"bf16_full_eval": True}
+    trainer = make_trainer(tmp_path, detector, processor, dataset, arguments=arguments)
+
+    metrics = trainer.evaluate()
+
+    assert trainer.model.dtype == torch.bfloat16
+    assert metrics["eval_map"] == pytest.approx(expected["map"], abs=0.05)
+
+
 def test_without_an_image_processor_nothing_can_be_evaluated(
     tmp_path, detector, processor, dataset
 ):

@@ -1,12 +1,17 @@
 """Two real processes: the numbers of one, although the sampler repeats a picture."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState, debug_launcher
+from detection_data import write_image_folder
+from saved_detector import build_detector
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_querydet.evaluation import CocoEvaluator
+from hf_querydet.data import load_detection_dataset
+from hf_querydet.evaluation import CocoEvaluator, evaluate_detector, evaluation_loader
 
 ID2LABEL = {0: "cat", 1: "dog"}
 NUM_PICTURES = 5
@@ -67,3 +72,24 @@ def test_every_process_gets_the_numbers_of_one(tmp_path):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         assert result["metrics"] == result["metrics again"] == expected
         assert result["rows"] == alone.coco_results()
+
+
+def evaluate_without_a_batch(folder):
+    PartialState._reset_state()
+    # Processes that wait for each other at different places would wait for ever.
+    rank = PartialState(cpu=True, timeout=timedelta(seconds=30)).process_index
+    detector, processor = build_detector("conditional_detr", scale=0.1)
+    dataset = load_detection_dataset(folder, split="train").with_labels(detector.config.id2label)
+    loader = evaluation_loader(dataset, processor, batch_size=8)
+    evaluator = CocoEvaluator(detector.config.id2label)
+    metrics = evaluate_detector(DistributedDataParallel(detector), processor, loader, evaluator)
+    result = {"batches": len(loader), "metrics": metrics}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+
+
+def test_process_without_a_batch_takes_part(tmp_path):
+    write_image_folder(tmp_path, [{"bbox": [[12.0, 4.0, 30.0, 20.0]], "category": ["dog"]}])
+    debug_launcher(evaluate_without_a_batch, (tmp_path,), num_processes=2)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [result["batches"] for result in results] == [1, 0]
+    assert results[0]["metrics"] == results[1]["metrics"]

@@ -4,8 +4,18 @@ import hub_client
 import pytest
 from hub_server import USER
 from scene_files import write_split
-from script_runs import OPTIONS, arguments, launch_two_processes, read_metrics, run_script
+from script_runs import (
+    OPTIONS,
+    arguments,
+    launch_two_processes,
+    losses,
+    read_metrics,
+    run_script,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_config
+
+from hf_querydet import VARIANTS
 
 REPO_ID = f"{USER}/two-processes"
 # All that depends on which pictures share a process is off; the pictures are of one size.
@@ -45,8 +55,8 @@ def logged_losses(output_dir):
 
 
 def test_loss_falls(one_process):
-    losses = logged_losses(one_process)
-    assert losses[-1] < 0.9 * losses[0]
+    logged = logged_losses(one_process)
+    assert logged[-1] < 0.9 * logged[0]
 
 
 def test_two_processes_have_the_losses_of_one(one_process, two_processes):
@@ -87,3 +97,24 @@ def test_model_card_on_the_hub_tells_how_to_use_it(two_processes, hub):
 def test_pipeline_works_from_the_hub(two_processes, client):
     found = client(hub_client.detect, REPO_ID)
     assert len(found) == OPTIONS["num_queries"]
+
+
+def test_heads_that_no_loss_reaches_stop_no_process(many_scenes, tmp_path):
+    variant = VARIANTS["sparse_rcnn"]
+    config = tiny_config(VARIANTS, "sparse_rcnn", auxiliary_loss=False)
+    variant.detector(config).save_pretrained(tmp_path / "new")
+    variant.image_processor().save_pretrained(tmp_path / "new")
+    words = [
+        "--model",
+        tmp_path / "new",
+        "--dataset",
+        many_scenes,
+        "--output-dir",
+        tmp_path / "run",
+    ]
+    words += ["--shortest-edge", 64, "--num-workers", 0, "--batch-size", 2, "--log-steps", 1]
+    words += ["--max-train-steps", 3, "--eval-split", "none"]
+
+    output = launch_two_processes([str(word) for word in words])
+
+    assert list(losses(output)) == [1, 2, 3]

@@ -102,6 +102,17 @@ def test_epoch_that_max_train_steps_ends_is_finished_without_more_steps(scenes, 
     assert read_metrics(tmp_path / "best")["step"] == 3
 
 
+def test_schedule_of_a_run_that_was_cut_in_an_epoch_reaches_its_end(scenes, tmp_path):
+    words = arguments(scenes, tmp_path, "--eval-split", "none", "--batch-size", 2)
+    run_script([*words, "--epochs", "2", "--max-train-steps", "5"])  # of eight in the first epoch
+
+    output = run_script([*words, "--epochs", "2", "--resume"])
+
+    # Thirteen steps in all, and the rate drops after four fifths of them.
+    rates = dict(re.findall(r"step (\d+)/13 .* lr (\S+)", output))
+    assert rates == {str(step): "3.00e-03" if step < 11 else "3.00e-04" for step in range(6, 14)}
+
+
 def test_what_is_not_there_is_not_called_saved(scenes, tmp_path):
     words = arguments(scenes, tmp_path, "--max-train-steps", 1, "--eval-split", "none")
     run_script(words)

@@ -234,6 +234,18 @@ def test_loss_that_is_not_a_number_ends_the_run(scenes, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+# The compiler itself looks at gradients that are not there.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_run_saves_the_names_of_a_plain_one(run, scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    extra = ("--max-train-steps", 1, "--max-eval-samples", 1, "--card-pictures", 0)
+    run_script(arguments(scenes, tmp_path, *extra))
+    compiled, plain = (
+        load_file(path / "last" / "model.safetensors") for path in (tmp_path, run[1])
+    )
+    assert compiled.keys() == plain.keys()
+
+
 def test_bf16_trains_and_evaluates(scenes, tmp_path):
     extra = ("--max-train-steps", 1, "--mixed-precision", "bf16", "--ema-decay", 0.9)
     run_script(arguments(scenes, tmp_path, *extra))

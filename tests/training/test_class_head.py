@@ -119,3 +119,14 @@ def test_class_head_is_new_where_the_model_lacks_a_name(saved, names):
 def test_fields_reach_the_configuration(saved):
     loaded, *_ = load_detector_for_labels(saved[0], {0: "cat"}, dropout=0.25)
     assert loaded.config.dropout == 0.25
+
+
+def test_detector_of_few_bits_is_trained_in_float32(tmp_path):
+    build("conditional_detr").to(torch.bfloat16).save_pretrained(tmp_path)
+    VARIANTS["conditional_detr"].image_processor().save_pretrained(tmp_path)
+    labels = {0: "cat", 1: "owl"}
+
+    model, *_ = load_detector_for_labels(tmp_path, labels)
+    half, *_ = load_detector_for_labels(tmp_path, labels, dtype=torch.bfloat16)
+
+    assert (model.dtype, half.dtype) == (torch.float32, torch.bfloat16)

@@ -121,6 +121,10 @@ def test_token_is_shown_to_nobody(token):
 
 
 def test_home_directory_is_shown_to_nobody():
-    pictures = str(Path.home() / "my pictures")
-    command = shown_command(["train_detector.py", "--dataset", pictures])
-    assert command == "accelerate launch train_detector.py --dataset '~/my pictures'"
+    home = Path.home()
+    words = ["--dataset", f"{home}/my pictures", f"--output-dir={home}/out", f"/mnt{home}/other"]
+    command = shown_command(["train_detector.py", *words])
+    assert command == (
+        "accelerate launch train_detector.py --dataset ~/'my pictures' --output-dir=~/out "
+        f"/mnt{home}/other"
+    )

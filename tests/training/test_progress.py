@@ -81,3 +81,27 @@ def test_throughput_counts_pictures_and_waiting(monkeypatch):
     clock[0] += 4.0
     meter.add(2)
     assert meter.read() == (0.5, 0.0)
+
+
+def test_last_window_of_an_epoch_holds_what_is_left():
+    progress = TrainingProgress(8, batches_per_epoch=5, batches_per_step=3)
+    windows = []
+    for progress.batch in range(5):
+        windows.append(progress.batches_in_window)
+    assert windows == [3, 3, 3, 2, 2]
+    assert TrainingProgress(8, None, 3, batch=4).batches_in_window == 3
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "step", "steps"),
+    [
+        (0, 0, 0, 9),
+        (1, 0, 3, 9),
+        (1, 4, 4, 9),  # two steps of three and two batches, one of them done and the next begun
+        (2, 0, 5, 8),  # the second epoch was cut after two steps
+    ],
+)
+def test_steps_of_a_run_count_those_that_were_made(epoch, batch, step, steps):
+    progress = TrainingProgress(8, 7, 3, epoch=epoch, batch=batch, step=step)
+    assert progress.steps_after(3) == steps
+    assert TrainingProgress(8, None).steps_after(3) is None

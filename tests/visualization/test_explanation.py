@@ -233,3 +233,12 @@ def test_file_that_is_no_picture_is_named(detr, tmp_path):
     path.write_text("not a picture")
     with pytest.raises(ValueError, match=r"The picture .*notes\.png cannot be read"):
         explain(*detr, path)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_explanation_is_drawn_in_mixed_precision(name, tmp_path):
+    model, processor = detector(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        explain(model, processor, MARKED[0], query=1).save(tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > 100
