@@ -78,6 +78,13 @@ class Run:
         """Of the detector; its labels are those of the run."""
         return self.accelerator.unwrap_model(self.model).config
 
+    @property
+    def model_facts(self) -> dict[str, list[str]]:
+        """What a checkpoint must agree with to be continued."""
+        config = self.config
+        names = [config.id2label[label] for label in range(config.num_labels)]
+        return {"variants": [config.model_type], "labels": names}
+
 
 def build_accelerator(options: argparse.Namespace) -> Accelerator:
     # Meant for divided weights that one process reads for all; it fails at the statistics of norms,
@@ -304,6 +311,7 @@ def plan(run: Run) -> None:
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was made, with the learning rates and weight decay of now."""
+    training.check_model_of(checkpoint, run.model_facts)
     peaks = run.scheduler.base_lrs  # loading brings those of the checkpoint
     run.accelerator.load_state(checkpoint)
     plan(run)
@@ -370,7 +378,9 @@ def train_one_epoch(run: Run, bar: Any) -> float:
             recent = []
         if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
             training.average_statistics(accelerator, run.model, run.average)
-            training.save_checkpoint(accelerator, options.output_dir, progress.step)
+            training.save_checkpoint(
+                accelerator, options.output_dir, progress.step, run.model_facts
+            )
             meter.restart()
         if progress.step >= run.num_steps:
             break
@@ -429,7 +439,9 @@ def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
     if is_best and run.accelerator.is_main_process:
         best, last = run.options.output_dir / "best", run.options.output_dir / "last"
         training.write_directory(best, partial(shutil.copytree, last, dirs_exist_ok=True))
-    training.save_checkpoint(run.accelerator, run.options.output_dir, run.progress.step)
+    training.save_checkpoint(
+        run.accelerator, run.options.output_dir, run.progress.step, run.model_facts
+    )
     return is_best
 
 

@@ -45,7 +45,8 @@ def export_transformers(
 
     Raises:
         FileExistsError: If the directory exists and is not empty.
-        ValueError: If transformers has no such detector, or the detector's costs are not whole.
+        ValueError: If transformers has no such detector, or only one that would compute something
+            else, or the detector's costs are not whole.
         CheckpointError: If transformers' class has other tensors; all that do not fit are listed.
     """
     refuse_full_directory(output_dir)
@@ -71,13 +72,20 @@ def transformers_config(config: DetectorConfig) -> PreTrainedConfig:
     """The configuration of transformers' class of the same variant.
 
     Raises:
-        ValueError: If there is none, or a cost is not whole, which its fields have to be.
+        ValueError: If there is none, if it would compute something else, or if a cost is not whole,
+            which its fields have to be.
     """
     if not variant_of(config).transformers_names:
         possible = [name for name, row in VARIANTS.items() if row.transformers_names]
         raise ValueError(
             f"transformers has no class for {config.model_type.removeprefix(MODEL_TYPE_PREFIX)!r}, "
             f"only for {', '.join(possible)}."
+        )
+    if getattr(config, "position_embeddings_at", "attention") != "attention":
+        raise ValueError(
+            f"position_embeddings_at is {config.position_embeddings_at!r}, as in DETR's small "
+            "recipe; transformers' DETR adds positions in every attention and would compute "
+            "something else with these weights."
         )
     their_class = CONFIG_MAPPING[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
     of_all_models = {field.name for field in fields(PreTrainedConfig)}

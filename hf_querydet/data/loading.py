@@ -1,6 +1,7 @@
 """Detection data from wherever it lies, in one form."""
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,8 +77,16 @@ def load_detection_dataset(
 
     Raises:
         FileNotFoundError: If a path or its pictures are not there.
-        ValueError: If the columns, categories or image ids are not as described.
+        TypeError: If ``name_or_path`` is neither a path nor a name.
+        ValueError: If the columns, categories, boxes or image ids are not as described, or a
+            picture file stands in several rows.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"name_or_path must be a path or a Hub id, got {type(name_or_path).__name__}. Write a "
+            "dataset that is in memory with its to_parquet, as SPLIT.parquet of a folder, and pass "
+            "the folder."
+        )
     rows, names = _load_rows(
         str(name_or_path), split, picture_dir, streaming, config_name, load_options
     )
@@ -106,6 +115,7 @@ def load_detection_dataset(
     if streaming:
         return IterableDetectionDataset(rows, reader, skip_bad_images=skip_bad_images)
     _check_image_ids(rows, reader)
+    _check_picture_files(rows)
     dataset = DetectionDataset(rows, reader)
     return dataset.without_bad_images() if skip_bad_images else dataset
 
@@ -180,6 +190,13 @@ def _load_rows(
     except DatasetGenerationError as error:
         hint = name_other_format(path) or f" {error.__cause__ or error}"
         raise ValueError(f"{name_or_path} cannot be read.{hint}") from error
+    except ValueError as error:
+        if not path.exists():
+            raise
+        raise ValueError(
+            f"The split {split!r} of {name_or_path} cannot be read: {error} A split is a folder of "
+            f"pictures with a {METADATA}, or a COCO json."
+        ) from error
     if rows.features is None:
         rows = rows._resolve_features()
     if "image" in rows.features:
@@ -226,13 +243,19 @@ def _find_category(features: datasets.Features, require_boxes: bool) -> tuple[st
 def _check_boxes(
     rows: datasets.Dataset, split: str, require_boxes: bool, category_key: str | None = None
 ) -> set[CategoryId]:
-    """Raise if there is no box, and collect the categories that occur if their key is given."""
-    categories, num_boxes = set(), 0
+    """Raise if there is no box, or none in pixels, and collect the categories that occur.
+
+    Categories are collected if their key is given; else a part of the rows is enough.
+    """
+    categories, num_boxes, is_in_pixels = set(), 0, False
     if "objects" in rows.column_names:
         for batch in rows.select_columns("objects").iter(batch_size=1000):
             for objects in _as_rows(batch["objects"]):
                 columns = objects_as_columns(objects)
-                num_boxes += len(columns.get("bbox") or [])
+                boxes = columns.get("bbox") or []
+                num_boxes += len(boxes)
+                # What is no box is reported with its row when it is read.
+                is_in_pixels = is_in_pixels or not all(map(_is_unit_box, boxes))
                 categories.update(columns.get(category_key) or [])
             if num_boxes and category_key is None:
                 break
@@ -241,7 +264,20 @@ def _check_boxes(
             f"The dataset has no boxes: the objects of all {len(rows)} rows of the split {split!r} "
             "are empty."
         )
+    if num_boxes and not is_in_pixels:
+        raise ValueError(
+            f"The boxes of the split {split!r} are not in pixels: no coordinate of {num_boxes} "
+            "boxes is above 1. Multiply them by the width and height of their pictures."
+        )
     return categories - {None}
+
+
+def _is_unit_box(box: Any) -> bool:
+    """Whether it could be a box in shares of its picture."""
+    try:
+        return all(0 <= coordinate <= 1 for coordinate in box)
+    except TypeError:
+        return False
 
 
 def _as_rows(batch: Any) -> list[Any]:
@@ -274,6 +310,27 @@ def _table_of_stream(
 def _has_integer_ids(rows: Rows) -> bool:
     feature = rows.features.get("image_id")
     return isinstance(feature, datasets.Value) and "int" in feature.dtype
+
+
+def _check_picture_files(rows: datasets.Dataset) -> None:
+    """Raise if a file stands in several rows: each would lack the boxes of the others."""
+    if len(rows) == 0 or "image" not in rows.column_names:
+        return
+    pictures = rows.select_columns("image")
+    if (pictures[0]["image"] or {}).get("bytes") is not None:
+        return  # in the rows themselves; their names need not be unique
+    counts = Counter(
+        image["path"]
+        for batch in pictures.iter(batch_size=1000)
+        for image in batch["image"]
+        if image is not None and image["bytes"] is None
+    )
+    repeated = [path for path, count in counts.items() if path and count > 1]
+    if repeated:
+        raise ValueError(
+            f"A picture must stand in one row, with all its boxes, but {repeated[:3]} stand in "
+            f"several ({len(repeated)} such pictures). Join their rows."
+        )
 
 
 def _check_image_ids(rows: datasets.Dataset, reader: RowReader) -> None:

@@ -110,10 +110,14 @@ def _metadata_path(path: Path, split: str) -> Path | None:
 
 def _file_names(metadata: Path) -> list[str]:
     names = []
-    with metadata.open(encoding="utf-8") as lines:
+    # Decoded line by line, so that the message can name the line.
+    with metadata.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line) if line.strip() else {}
+                row = json.loads(line.decode("utf-8")) if line.strip() else {}
+            except UnicodeDecodeError as error:
+                message = f"{metadata}, line {number}, is not UTF-8 text: {error}"
+                raise ValueError(message) from error
             except json.JSONDecodeError as error:
                 message = f"{metadata}, line {number}, is not valid json: {error}"
                 raise ValueError(message) from error

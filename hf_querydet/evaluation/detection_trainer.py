@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_querydet.evaluation.coco_evaluator import CocoEvaluator
+from hf_querydet.evaluation.loop import check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ class DetectionTrainer(Trainer):
                 "processing_class must be the image processor of the model, got "
                 f"{type(self.processing_class).__name__}."
             )
-        self._evaluator = CocoEvaluator(self.accelerator.unwrap_model(self.model).config.id2label)
+        id2label = self.accelerator.unwrap_model(self.model).config.id2label
+        check_labels(dataloader.dataset, id2label)
+        self._evaluator = CocoEvaluator(id2label)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )

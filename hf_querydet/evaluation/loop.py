@@ -41,7 +41,11 @@ def evaluate_detector(
 
     Returns:
         What :meth:`CocoEvaluator.compute` returns.
+
+    Raises:
+        ValueError: If the dataset behind ``batches`` has other labels than the evaluator.
     """
+    check_labels(getattr(batches, "dataset", None), evaluator.id2label)
     evaluator.reset()
     if isinstance(model, DistributedDataParallel):
         # Its forward waits for the other processes, which may have fewer batches, or none.
@@ -56,6 +60,21 @@ def evaluate_detector(
         evaluator.update(detections, batch["labels"])
     model.train(was_training)
     return evaluator.compute()
+
+
+def check_labels(dataset: Any, id2label: Mapping[int, str]) -> None:
+    """Raise if a dataset of this library numbers its classes otherwise than a model.
+
+    Args:
+        dataset: What has no ``id2label`` is taken to be right.
+        id2label: Of the model.
+    """
+    labels = getattr(dataset, "id2label", None)
+    if labels is not None and labels != id2label:
+        raise ValueError(
+            f"The labels of the dataset are {labels}, those of the model {dict(id2label)}; use "
+            "dataset.with_labels(model.config.id2label)."
+        )
 
 
 def evaluation_loader(

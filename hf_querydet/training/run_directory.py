@@ -1,15 +1,24 @@
 """Files of a run: models and checkpoints that are there complete or not at all."""
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from hf_querydet.file_writing import PARTIAL_SUFFIX, PREVIOUS_SUFFIX, finish_directory
+from hf_querydet.file_writing import (
+    PARTIAL_SUFFIX,
+    PREVIOUS_SUFFIX,
+    finish_directory,
+    write_json,
+)
 
 CHECKPOINTS = "checkpoints"
+MODEL_OF_CHECKPOINT = "model.json"
 NUM_CHECKPOINTS_KEPT = 2
 
 
@@ -45,7 +54,9 @@ def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | 
     return checkpoints[-1] if checkpoints else None
 
 
-def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, directory: str | os.PathLike, step: int, model: Mapping[str, Any]
+) -> None:
     """Save all that resuming needs; the checkpoint gets its name when it is complete.
 
     Every process must call this. The newest two checkpoints are kept: should the machine die while
@@ -55,6 +66,7 @@ def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step
         accelerator: Holds model, optimizer and what else is registered for checkpoints.
         directory: Of the run.
         step: Optimizer steps done, for the name.
+        model: What the weights belong to, see :func:`check_model_of`; plain values.
     """
     directory = Path(directory) / CHECKPOINTS
     finished = directory / checkpoint_name(step)
@@ -66,10 +78,33 @@ def save_checkpoint(accelerator: Accelerator, directory: str | os.PathLike, step
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        write_json(partial / MODEL_OF_CHECKPOINT, model)
         finish_directory(partial, finished)
         for old in list_checkpoints(directory)[:-NUM_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def check_model_of(checkpoint: Path, model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights belong to something else.
+
+    Weights of the same shapes would be loaded all the same: those of a class under the name of
+    another.
+
+    Args:
+        checkpoint: As :func:`open_run_directory` returns it.
+        model: What the weights must belong to, as :func:`save_checkpoint` got it.
+
+    Raises:
+        ValueError: If it was something else when the checkpoint was made.
+    """
+    saved = json.loads((checkpoint / MODEL_OF_CHECKPOINT).read_text(encoding="utf-8"))
+    for name, value in model.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"The {name} of {checkpoint} are {saved[name]}, now they are {value}. Resume with "
+                "the model and the labels of before, or begin a new run in another --output-dir."
+            )
 
 
 def rename_checkpoint(accelerator: Accelerator, checkpoint: Path, step: int) -> None:

@@ -110,6 +110,13 @@ def test_detector_that_transformers_lacks_is_an_error(variant, tmp_path):
         export_transformers(tmp_path / "ours", tmp_path / "theirs")
 
 
+def test_detector_that_transformers_computes_otherwise_is_an_error(tmp_path):
+    saved("detr", tmp_path / "ours", position_embeddings_at="input")
+    with pytest.raises(ValueError, match="position_embeddings_at is 'input'"):
+        export_transformers(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_cost_that_is_not_whole_is_an_error(tmp_path):
     saved("detr", tmp_path / "ours", giou_cost=2.5)
     with pytest.raises(

@@ -434,6 +434,59 @@ def test_an_empty_metadata_file_is_named(tmp_path):
         load_detection_dataset(tmp_path, split="train")
 
 
+def test_metadata_in_another_encoding_is_named(image_folder):
+    (image_folder / "metadata.jsonl").write_bytes('{"file_name": "ä.png"}'.encode("latin-1"))
+
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1, is not UTF-8 text"):
+        load_detection_dataset(image_folder, split="train")
+
+
+def test_metadata_of_unlike_lines_is_named(image_folder):
+    (image_folder / "metadata.jsonl").write_text('[{"file_name": "0.png"}]')
+
+    with pytest.raises(ValueError, match=f"The split 'train' of {image_folder} cannot be read"):
+        load_detection_dataset(image_folder, split="train")
+
+
+@pytest.mark.parametrize("has_pictures", [True, False])
+def test_a_split_without_metadata_is_named(tmp_path, has_pictures):
+    write_image_folder(tmp_path / "train")
+    if has_pictures:
+        write_image_folder(tmp_path / "validation")
+        (tmp_path / "validation" / "metadata.jsonl").unlink()
+
+    with pytest.raises(
+        ValueError, match=r"is a folder of pictures with a metadata\.jsonl, or a COCO"
+    ):
+        load_detection_dataset(tmp_path, split="validation")
+
+
+def test_a_dataset_in_memory_is_an_error_with_its_remedy():
+    with pytest.raises(TypeError, match=r"got Dataset\. Write a dataset .* to_parquet"):
+        load_detection_dataset(datasets.Dataset.from_dict(table_rows("cat")), split="train")
+
+
+@pytest.mark.parametrize("pass_table", [False, True])
+def test_boxes_in_shares_of_the_picture_are_an_error(image_folder, tmp_path, pass_table):
+    table = load_detection_dataset(image_folder, split="train").label_table if pass_table else None
+    boxes = [{"bbox": [[0.1, 0.2, 0.5, 1.0]], "category": ["cat"]}, {"bbox": [], "category": []}]
+    folder = write_image_folder(tmp_path / "shares", boxes)
+
+    with pytest.raises(ValueError, match=r"not in pixels: no coordinate of 1 boxes is above 1\."):
+        load_detection_dataset(folder, split="train", label_table=table)
+
+
+def test_a_line_for_each_box_is_an_error(tmp_path):
+    box = {"bbox": [[5.0, 4.0, 20.0, 11.0]], "category": ["cat"]}
+    folder = write_image_folder(tmp_path / "pets", [box, box])
+    row = json.dumps({"file_name": "1.png", "image_id": 99, "objects": box})
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("\n" + row)
+
+    with pytest.raises(ValueError, match=r"must stand in one row, .*1\.png'\] stand in several"):
+        load_detection_dataset(folder, split="train")
+
+
 def test_a_wrong_picture_dir_is_named_at_once(tmp_path):
     json_file = write_coco(tmp_path / "a.json", tmp_path / "photos", CATEGORIES, COCO_OBJECTS)
 

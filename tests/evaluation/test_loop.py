@@ -61,3 +61,12 @@ def test_evaluator_of_an_earlier_model_forgets_it(dataset):
     metrics = evaluate_detector(model, processor, loader, evaluator)
 
     assert metrics == evaluate_detector(model, processor, loader, CocoEvaluator(ID2LABEL))
+
+
+def test_other_order_of_labels_is_an_error(dataset):
+    model, processor = build_detector()
+    swapped = {0: ID2LABEL[1], 1: ID2LABEL[0], **{k: v for k, v in ID2LABEL.items() if k > 1}}
+    loader = evaluation_loader(dataset.with_labels(swapped), processor)
+
+    with pytest.raises(ValueError, match=r"use dataset.with_labels\(model.config.id2label\)"):
+        evaluate_detector(model, processor, loader, CocoEvaluator(ID2LABEL))

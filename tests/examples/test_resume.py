@@ -102,6 +102,19 @@ def test_epoch_that_max_train_steps_ends_is_finished_without_more_steps(scenes, 
     assert read_metrics(tmp_path / "best")["step"] == 3
 
 
+def test_checkpoint_of_other_labels_is_refused(scenes, tmp_path):
+    words = arguments(scenes, tmp_path / "run", "--max-train-steps", 1, "--eval-split", "none")
+    run_script(words)
+    renamed = shutil.copytree(scenes, tmp_path / "renamed")
+    rows = renamed / "train" / "metadata.jsonl"
+    # Its place in the alphabet is another.
+    rows.write_text(rows.read_text().replace('"circle"', '"ring"'))
+    words[words.index(str(scenes))] = str(renamed)
+
+    with pytest.raises(ValueError, match="Resume with the model and the labels of before"):
+        run_script([*words, "--resume"])
+
+
 def test_schedule_of_a_run_that_was_cut_in_an_epoch_reaches_its_end(scenes, tmp_path):
     words = arguments(scenes, tmp_path, "--eval-split", "none", "--batch-size", 2)
     run_script([*words, "--epochs", "2", "--max-train-steps", "5"])  # of eight in the first epoch
