@@ -21,7 +21,7 @@ RECIPE = Recipe(
 
 SMALL_RECIPE = SmallRecipe(
     model_fields=SMALL_BACKBONE
-    # Stride 8: without an encoder its four times as many cells cost no more than the stage left out.
+    # Stride 8: without an encoder four times the cells cost no more than the stage left out.
     | {"backbone_kwargs": {"out_indices": [2]}}
     | SMALL_DECODER
     # Values without positions take very long to become boxes; an encoder takes the time of steps.
