@@ -194,8 +194,8 @@ def _load_rows(
         if not path.exists():
             raise
         raise ValueError(
-            f"The split {split!r} of {name_or_path} cannot be read. A split is a folder of pictures "
-            f"with a {METADATA}, or a COCO json. What `datasets` says: {error}"
+            f"The split {split!r} of {name_or_path} cannot be read. A split is a folder of "
+            f"pictures with a {METADATA}, or a COCO json. What `datasets` says: {error}"
         ) from error
     if rows.features is None:
         rows = rows._resolve_features()
