@@ -85,10 +85,8 @@ def test_throughput_counts_pictures_and_waiting(monkeypatch):
 
 def test_last_window_of_an_epoch_holds_what_is_left():
     progress = TrainingProgress(8, batches_per_epoch=5, batches_per_step=3)
-    windows = []
-    for progress.batch in range(5):
-        windows.append(progress.batches_in_window)
-    assert windows == [3, 3, 3, 2, 2]
+    for progress.batch, size in enumerate([3, 3, 3, 2, 2]):
+        assert progress.batches_in_window == size
     assert TrainingProgress(8, None, 3, batch=4).batches_in_window == 3
 
 
