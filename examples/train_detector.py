@@ -79,11 +79,18 @@ class Run:
         return self.accelerator.unwrap_model(self.model).config
 
     @property
-    def model_facts(self) -> dict[str, list[str]]:
+    def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued."""
-        config = self.config
-        names = [config.id2label[label] for label in range(config.num_labels)]
-        return {"variants": [config.model_type], "labels": names}
+        config, options = self.config, self.options
+        held_out = None
+        if options.eval_fraction is not None:  # another draw would be trained on
+            num_pictures = len(self.train_data) + len(self.eval_data)
+            held_out = {"of": num_pictures, "fraction": options.eval_fraction, "seed": options.seed}
+        return {
+            "variant": config.model_type,
+            "labels": [config.id2label[label] for label in range(config.num_labels)],
+            "held-out part": held_out,
+        }
 
 
 def build_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -115,12 +122,14 @@ def build_accelerator(options: argparse.Namespace) -> Accelerator:
 def load_data(options: argparse.Namespace) -> tuple[Any, Any]:
     """Training data, and evaluation data or None."""
     common = {
+        "config_name": options.config_name,
         "picture_dir": options.picture_dir,
+        "box_format": options.box_format,
         "streaming": options.streaming,
         "skip_bad_images": options.skip_bad_images,
     }
-    evaluates = options.eval_split != training.NO_SPLIT
-    if evaluates:
+    has_eval_split = options.eval_fraction is None and options.eval_split != training.NO_SPLIT
+    if has_eval_split:
         check_splits_differ(
             options.dataset, train_split=options.train_split, eval_split=options.eval_split
         )
@@ -129,7 +138,9 @@ def load_data(options: argparse.Namespace) -> tuple[Any, Any]:
         options.dataset, split=options.train_split, label_names=names, **common
     )
     eval_data = None
-    if evaluates:
+    if options.eval_fraction is not None:
+        train_data, eval_data = train_data.hold_out(options.eval_fraction, seed=options.seed)
+    elif has_eval_split:
         eval_data = load_detection_dataset(
             options.dataset, split=options.eval_split, label_table=train_data.label_table, **common
         )
@@ -252,6 +263,9 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     # The model's labels rule.
     train_data = train_data.with_labels(model.config.id2label)
     eval_data = eval_data and eval_data.with_labels(model.config.id2label)
+    if not options.streaming:
+        evaluated = len(eval_data) if eval_data else "no"
+        say(accelerator, f"{len(train_data)} pictures to train on, {evaluated} to evaluate on.")
     train_loader, eval_loader = build_dataloaders(
         options, accelerator, train_data, eval_data, processor
     )
@@ -311,7 +325,7 @@ def plan(run: Run) -> None:
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Go on where a checkpoint was made, with the learning rates and weight decay of now."""
-    training.check_model_of(checkpoint, run.model_facts)
+    training.check_facts(checkpoint, run.facts)
     peaks = run.scheduler.base_lrs  # loading brings those of the checkpoint
     run.accelerator.load_state(checkpoint)
     plan(run)
@@ -378,9 +392,7 @@ def train_one_epoch(run: Run, bar: Any) -> float:
             recent = []
         if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
             training.average_statistics(accelerator, run.model, run.average)
-            training.save_checkpoint(
-                accelerator, options.output_dir, progress.step, run.model_facts
-            )
+            training.save_checkpoint(accelerator, options.output_dir, progress.step, run.facts)
             meter.restart()
         if progress.step >= run.num_steps:
             break
@@ -425,6 +437,10 @@ def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
     training.average_statistics(run.accelerator, run.model, run.average)
     evaluator = None
     if run.eval_loader is not None:
+        if run.progress.epoch == 0:  # the first time that these pictures are read
+            training.save_checkpoint(
+                run.accelerator, run.options.output_dir, run.progress.step, run.facts
+            )
         evaluator = CocoEvaluator(run.config.id2label)
         batches = tqdm(run.eval_loader, "evaluate", leave=False, disable=hide_bar(run.accelerator))
         with run.accelerator.autocast():
@@ -439,9 +455,7 @@ def finish_epoch(run: Run, loss: float, facts: CardFacts) -> bool:
     if is_best and run.accelerator.is_main_process:
         best, last = run.options.output_dir / "best", run.options.output_dir / "last"
         training.write_directory(best, partial(shutil.copytree, last, dirs_exist_ok=True))
-    training.save_checkpoint(
-        run.accelerator, run.options.output_dir, run.progress.step, run.model_facts
-    )
+    training.save_checkpoint(run.accelerator, run.options.output_dir, run.progress.step, run.facts)
     return is_best
 
 
@@ -497,9 +511,12 @@ def main() -> None:
             options.push_to_hub, options.hub_private, options.hub_revision, options.hub_token
         )
         repository = training.prepare_repository(accelerator, repository)
+    eval_split = options.eval_split
+    if options.eval_fraction is not None:
+        eval_split = f"{options.eval_fraction:.0%} of {options.train_split}, held out"
     facts = CardFacts(
         dataset=options.dataset,
-        eval_split=options.eval_split,
+        eval_split=eval_split,
         repo_id=repository and repository.repo_id,
         base_model=None if options.model in VARIANTS else options.model,
         command=training.shown_command(sys.argv),

@@ -456,6 +456,24 @@ class DetectionImageProcessor(TorchvisionBackend):
         return resized
 
 
+def read_for(processor: DetectionImageProcessor, picture: Any) -> Tensor:
+    """A picture as its processor reads it, (channels, height, width), upright.
+
+    Raises:
+        TypeError: If it is no picture.
+        ValueError: If it cannot be read.
+    """
+    read = read_picture(
+        picture,
+        convert_rgb=bool(processor.do_convert_rgb),
+        to_8bit_scale=bool(processor.do_rescale),
+    )
+    if read.is_floating_point() and processor.do_rescale and read.amax() <= 1:
+        # The processor would take it for a picture from 0 to 1. It is nearly black.
+        read = read.round().to(torch.uint8)
+    return read
+
+
 def _prepare_all_labels(
     annotations: Any,
     format: str,

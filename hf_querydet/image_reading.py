@@ -38,6 +38,8 @@ TRANSPOSITIONS = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
+# Those that swap width and height.
+SIDEWAYS = (5, 6, 7, 8)
 # Where PIL keeps the orientation of a picture.
 ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 # PIL modes that hold one number per pixel with more than 8 bits; PIL's own conversion clips them.
@@ -147,16 +149,31 @@ def turn_upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     picture has none.
     """
     picture.load()  # some formats only know their EXIF data afterwards
-    try:
-        orientation = picture.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # PIL raises SyntaxError, struct.error and more
-        return picture
+    orientation = _orientation(picture)
     if orientation not in TRANSPOSITIONS:
         return picture
     turned = picture.transpose(TRANSPOSITIONS[orientation])
     for source in ORIENTATION_SOURCES:  # or it would be turned again
         turned.info.pop(source, None)
     return turned
+
+
+def upright_size(picture: PIL.Image.Image) -> tuple[int, int]:
+    """(width, height) that :func:`turn_upright` would give, without decoding the picture.
+
+    Of formats that have their EXIF data after the pixels, it is the stored size. PIL itself turns
+    TIFF.
+    """
+    width, height = picture.size
+    is_turned = picture.format != "TIFF" and _orientation(picture) in SIDEWAYS
+    return (height, width) if is_turned else (width, height)
+
+
+def _orientation(picture: PIL.Image.Image) -> int | None:
+    try:
+        return picture.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # PIL raises SyntaxError, struct.error and more
+        return None
 
 
 def _open(source: str | os.PathLike) -> PIL.Image.Image:

@@ -131,17 +131,15 @@ def detect(
 
 def _keep_safe(pictures: Path, output: Path) -> None:
     """Refuse a folder of results in which copies could take the place of pictures."""
-    from hf_querydet.inference import RESULT_FILES, list_pictures
+    from hf_querydet.inference import has_others_pictures
 
     remedy = "copies with boxes would replace pictures. Choose another folder, or --no-pictures."
     folder = pictures if pictures.is_dir() else pictures.parent
     if folder.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"--output {output} holds {pictures}: {remedy}")
-    has_results = any((output / name).exists() for name in RESULT_FILES)
-    if output.is_dir() and not has_results and next(list_pictures(output), None) is not None:
+    if has_others_pictures(output):
         raise ValueError(
-            f"--output {output} holds pictures that are no results of an earlier run (it has none "
-            f"of {', '.join(RESULT_FILES)}): {remedy}"
+            f"--output {output} holds pictures that no earlier run has drawn: {remedy}"
         )
 
 

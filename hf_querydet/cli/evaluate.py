@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from hf_querydet.cli.options import (
     BatchSize,
+    BoxFormat,
     MixedPrecision,
     Model,
     OnCPU,
@@ -54,6 +55,10 @@ def evaluate(
     picture_dir: Annotated[
         str | None, typer.Option("--picture-dir", help="Of a COCO json, if not beside it.")
     ] = None,
+    box_format: Annotated[
+        BoxFormat | None,
+        typer.Option("--box-format", help="Left, top, and then width, height or right, bottom."),
+    ] = None,
     label_names: Annotated[
         str | None,
         typer.Option("--label-names", help="Comma-separated, where the dataset has only numbers."),
@@ -94,6 +99,7 @@ def evaluate(
             split=split,
             label_names=parse_label_names(label_names) if label_names else None,
             picture_dir=picture_dir,
+            box_format=box_format and box_format.value,
             streaming=streaming,
             skip_bad_images=skip_bad_images,
             config_name=config_name,

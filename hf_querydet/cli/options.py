@@ -18,6 +18,13 @@ class MixedPrecision(StrEnum):
     BF16 = "bf16"
 
 
+class BoxFormat(StrEnum):
+    """Numbers of a dataset's boxes: left, top, and then width, height or right, bottom."""
+
+    XYWH = "xywh"
+    XYXY = "xyxy"
+
+
 Model = Annotated[str, typer.Argument(help="Model directory or Hub id.", show_default=False)]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")

@@ -52,13 +52,22 @@ def load_coco_rows(
 
 
 def _category_names(content: dict[str, Any]) -> dict[CategoryId, str]:
-    """Name of each category id; of ids that share a name, those without annotations are left out.
+    """Name of each category id, without supercategories and repetitions that have no annotations.
 
     Exports with supercategories list those too, before their members and often under the same name.
     Where no id of a name has annotations, the last stands for it.
     """
     used = {annotation.get("category_id") for annotation in content["annotations"]}
-    names = {category["id"]: str(category["name"]) for category in content["categories"]}
+    parents = {
+        category.get("supercategory")
+        for category in content["categories"]
+        if category.get("supercategory") != category["name"]  # as COCO's person
+    }
+    names = {
+        category["id"]: str(category["name"])
+        for category in content["categories"]
+        if category["id"] in used or category["name"] not in parents
+    }
     used_names = {names[category] for category in used if category in names}
     last = {name: category for category, name in names.items()}
     return {
@@ -70,7 +79,7 @@ def _category_names(content: dict[str, Any]) -> dict[CategoryId, str]:
 
 def _row(image: dict[str, Any], annotations: list[dict[str, Any]], picture_dir: Path) -> dict:
     return {
-        "image": {"bytes": None, "path": str(picture_dir / image["file_name"])},
+        "image": {"bytes": None, "path": str(_picture_path(picture_dir, image["file_name"]))},
         "image_id": image["id"],
         "width": image.get("width"),
         "height": image.get("height"),
@@ -81,6 +90,12 @@ def _row(image: dict[str, Any], annotations: list[dict[str, Any]], picture_dir: 
             "iscrowd": [annotation.get("iscrowd") for annotation in annotations],
         },
     }
+
+
+def _picture_path(picture_dir: Path, file_name: str) -> Path:
+    """Place of a picture, also where the file was written on Windows and is read elsewhere."""
+    path = picture_dir / file_name
+    return path if path.is_file() else picture_dir / file_name.replace("\\", "/")
 
 
 def _features(names: dict[CategoryId, str], rows: list[dict]) -> datasets.Features:
@@ -149,7 +164,8 @@ def _check_image_ids(json_file: Path, content: dict[str, Any]) -> None:
 
 def _check_picture_dir(json_file: Path, images: list[dict[str, Any]], picture_dir: Path) -> None:
     """Tell a wrong folder from single missing pictures, which are reported one by one later."""
-    looked_for = [picture_dir / image["file_name"] for image in images[:NUM_PICTURES_LOOKED_FOR]]
+    some = images[:NUM_PICTURES_LOOKED_FOR]
+    looked_for = [_picture_path(picture_dir, image["file_name"]) for image in some]
     if looked_for and not any(path.is_file() for path in looked_for):
         raise FileNotFoundError(
             f"No picture of {json_file} found, for example not {looked_for[0]}; "

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from hf_querydet.data.labels import CategoryId, LabelTable
 from hf_querydet.data.reading import BadExampleError, RowReader
 from hf_querydet.data.transforms import apply_transforms
-from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.image_processing_utils import DetectionImageProcessor, read_for
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +123,10 @@ class _DetectionRows:
 
     def _model_input(self, image: Image.Image, annotations: dict[str, Any]) -> dict[str, Any]:
         if self.transforms is not None:
-            image, annotations = apply_transforms(self.transforms, image, annotations)
+            picture = read_for(self.processor, image)
+            if picture.is_floating_point() and self.processor.do_rescale:
+                picture = picture.round().to(torch.uint8)  # transforms take floats for 0..1
+            image, annotations = apply_transforms(self.transforms, picture, annotations)
         # Padding belongs to the batch.
         batch = self.processor(
             images=image,
@@ -196,8 +199,29 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
 
     def sample(self, count: int, *, seed: int) -> Self:
         """A copy with this many items, or all if there are fewer, drawn at random."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.select(sorted(order[:count].tolist()))
+        return self.select(sorted(self._shuffled(seed)[:count]))
+
+    def hold_out(self, fraction: float, *, seed: int) -> tuple[Self, Self]:
+        """Two copies without a common item: the rest, and a part that is drawn at random.
+
+        Args:
+            fraction: Of the items, the size of the part, above 0 and below 1.
+            seed: Of the draw.
+
+        Raises:
+            ValueError: If the rest or the part would be empty.
+        """
+        count = round(fraction * len(self))
+        if not 0 < count < len(self):
+            raise ValueError(
+                f"fraction {fraction} of {len(self)} pictures is {count} of them; at least one must"
+                " be held out and one must be left."
+            )
+        order = self._shuffled(seed)
+        return self.select(sorted(order[count:])), self.select(sorted(order[:count]))
+
+    def _shuffled(self, seed: int) -> list[int]:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def split_by_process(self, rank: int, num_processes: int, *, batch_size: int) -> Self:
         """A copy with the share of one process: every so many-th batch.
@@ -253,7 +277,7 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
 
     @property
     def skipped(self) -> list[str]:
-        """One message per row left out so far, by all workers of this process together."""
+        """One message per picture left out so far, by all workers of this process together."""
         return self._skip_list.read() if self._skip_list else []
 
     def shuffle(self, seed: int | None = None, buffer_size: int = 1000) -> Self:
@@ -299,7 +323,8 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
             except BadExampleError as error:
                 if self._skip_list is None:
                     raise
-                self._skip_list.add(str(error))
+                # The number of a row says where it came in this epoch.
+                self._skip_list.add([row.get("image_id"), (row["image"] or {}).get("path")], error)
 
 
 @contextmanager
@@ -323,7 +348,10 @@ def _random_states_from(*numbers: int) -> Iterator[None]:
 
 
 class _SkipList:
-    """Messages that several worker processes write and one reads, kept in a temporary file."""
+    """Messages that several worker processes write and one reads, kept in a temporary file.
+
+    Those of one picture, which is skipped in every epoch, count once.
+    """
 
     def __init__(self):
         handle, name = tempfile.mkstemp(prefix="skipped_rows_", suffix=".jsonl")
@@ -331,15 +359,20 @@ class _SkipList:
         self._file = Path(name)
         weakref.finalize(self, _delete_own_file, self._file, os.getpid())
 
-    def add(self, message: str) -> None:
-        logger.warning(f"Skipped {message}")
+    def add(self, picture: list[Any], error: BadExampleError) -> None:
+        logger.warning(f"Skipped {error}")
+        # What has no name of its own is told apart by its message.
+        line = [picture if any(name is not None for name in picture) else None, str(error)]
         # One short write in append mode is not torn apart by other writers.
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(message) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def read(self) -> list[str]:
-        lines = self._file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        messages = {}
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            picture, message = json.loads(line)
+            messages.setdefault(json.dumps(picture or message), message)
+        return list(messages.values())
 
 
 def _delete_own_file(file: Path, owner: int) -> None:

@@ -4,7 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from transformers.utils import logging
+
 from hf_querydet.configuration_utils import UNUSED_LABEL
+
+logger = logging.get_logger(__name__)
 
 CategoryId = int | str
 
@@ -116,8 +120,11 @@ class LabelTable:
                 raise ValueError(
                     f"label_names has no name for the categories {_shortened(unnamed)}; it names "
                     f"{_shortened(names)}. A list names numbers by their place, starting at 0; "
-                    "use a mapping from category id to name for other numbers."
+                    f"put {UNUSED_LABEL} in the places of numbers that are not there "
+                    f"({UNUSED_LABEL},cat,dog), or use a mapping from category id to name."
                 )
+            if not by_name and not isinstance(label_names, Mapping):
+                _mention_unused_zero(found, names)
             found = set(names)
         names = names or {}
         found = {category for category in found if names.get(category) != UNUSED_LABEL}
@@ -148,6 +155,15 @@ def names_by_category(
     if isinstance(label_names, Mapping):
         return dict(label_names)
     return {name: name for name in label_names} if by_name else dict(enumerate(label_names))
+
+
+def _mention_unused_zero(found: set[CategoryId], names: Mapping[CategoryId, str]) -> None:
+    """Warn where a list of names may have to start one place later."""
+    if found and 0 not in found and names.get(0, UNUSED_LABEL) != UNUSED_LABEL:
+        logger.warning(
+            f"No object has category 0, {names[0]!r} by label_names. If categories are numbered "
+            f"from 1, begin label_names with {UNUSED_LABEL}."
+        )
 
 
 def parse_label_names(text: str) -> list[str]:

@@ -2,14 +2,20 @@
 
 import glob
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from hf_querydet.data.checking import (
+    check_boxes,
+    check_categories,
+    check_for_corners,
+    check_image_ids,
+    check_picture_files,
+)
 from hf_querydet.data.coco import COCO_FILE_NAMES, load_coco_rows
 from hf_querydet.data.detection_dataset import DetectionDataset, IterableDetectionDataset
 from hf_querydet.data.labels import CategoryId, LabelTable, names_by_category
@@ -20,7 +26,7 @@ from hf_querydet.data.local_folders import (
     find_metadata,
     name_other_format,
 )
-from hf_querydet.data.reading import CATEGORY_KEYS, RowReader, objects_as_columns
+from hf_querydet.data.reading import CATEGORY_KEYS, BoxFormat, RowReader
 
 Rows = datasets.Dataset | datasets.IterableDataset
 
@@ -32,6 +38,7 @@ def load_detection_dataset(
     label_names: Sequence[str] | Mapping[CategoryId, str] | None = None,
     label_table: LabelTable | None = None,
     picture_dir: str | Path | None = None,
+    box_format: BoxFormat | None = None,
     streaming: bool = False,
     skip_bad_images: bool = False,
     require_boxes: bool = True,
@@ -43,9 +50,8 @@ def load_detection_dataset(
     What ``name_or_path`` may be:
 
     - a dataset on the Hub, or a local folder that ``datasets`` can load, with the columns
-      ``image``, ``image_id`` (optional) and ``objects``, which has ``bbox`` (COCO: left, top,
-      width, height in pixels), ``category``, ``category_id`` or ``categories``, and optionally
-      ``area`` and ``iscrowd``;
+      ``image``, ``image_id`` (optional) and ``objects``, which has ``bbox`` (see ``box_format``),
+      ``category``, ``category_id`` or ``categories``, and optionally ``area`` and ``iscrowd``;
     - a folder of pictures with a ``metadata.jsonl`` of that form, or a folder of such folders named
       after the splits, or such folders of pictures with one ``metadata.jsonl`` above them, whose
       file names begin with the split (``train/a.jpg``);
@@ -64,6 +70,9 @@ def load_detection_dataset(
             :meth:`LabelTable.from_categories`. Streams whose categories are no ClassLabel need it.
         label_table: Labels of another split, to be used here.
         picture_dir: For a COCO json: where its pictures are, if not beside it.
+        box_format: What the four numbers of ``bbox`` are, in pixels: ``"xywh"``, left, top, width,
+            height as in COCO, or ``"xyxy"``, left, top, right, bottom as in Pascal VOC. Not given:
+            ``"xywh"``, and boxes that look like corners are an error (not of a stream).
         streaming: Read rows while training instead of before. There is no length then.
         skip_bad_images: Leave out rows whose picture or annotations cannot be used, and list them
             in ``skipped``. Without streaming every picture is decoded once for this while loading.
@@ -80,7 +89,11 @@ def load_detection_dataset(
         TypeError: If ``name_or_path`` is neither a path nor a name.
         ValueError: If the columns, categories, boxes or image ids are not as described, or a
             picture file stands in several rows.
+        BadExampleError: A ValueError, if a row has a category without a label and
+            ``skip_bad_images`` is not set.
     """
+    if box_format is not None and box_format not in get_args(BoxFormat):
+        raise ValueError(f"box_format must be 'xywh' or 'xyxy', got {box_format!r}.")
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
             f"name_or_path must be a path or a Hub id, got {type(name_or_path).__name__}. Write a "
@@ -98,24 +111,34 @@ def load_detection_dataset(
         raise ValueError(f"{error}{hint}") from error
     if isinstance(category, datasets.ClassLabel):
         names = dict(enumerate(category.names))
+    categories = set()
+    if not streaming:
+        categories = check_boxes(rows, split, require_boxes, category_key)
     if label_table is not None:
         if label_names is not None:
             raise ValueError("label_names and label_table exclude each other; pass one of them.")
         table = label_table.for_split(names)
-        if not streaming:
-            _check_boxes(rows, split, require_boxes)
     elif streaming:
         table = _table_of_stream(category, names, label_names)
     else:
-        categories = _check_boxes(rows, split, require_boxes, category_key)
         table = LabelTable.from_categories(
             names or categories, names=names, label_names=label_names
         )
-    reader = RowReader(table, category_key, _has_integer_ids(rows), checks_sizes=is_coco_json)
+    reader = RowReader(
+        table,
+        category_key,
+        _has_integer_ids(rows),
+        checks_sizes=is_coco_json,
+        box_format=box_format or "xywh",
+    )
     if streaming:
         return IterableDetectionDataset(rows, reader, skip_bad_images=skip_bad_images)
-    _check_image_ids(rows, reader)
-    _check_picture_files(rows)
+    if box_format is None:
+        check_for_corners(rows, split)
+    if not skip_bad_images:
+        check_categories(rows, reader, categories)
+    check_image_ids(rows, reader)
+    check_picture_files(rows)
     dataset = DetectionDataset(rows, reader)
     return dataset.without_bad_images() if skip_bad_images else dataset
 
@@ -140,7 +163,8 @@ def check_splits_differ(name_or_path: str | Path, *, train_split: str, eval_spli
     if source is not None and source == _find_source(str(name_or_path), eval_split):
         raise ValueError(
             f"{name_or_path} has one split: {train_split!r} and {eval_split!r} would both be read "
-            f"from {source}. Put {{split}} in the path, make a folder for each split, or train "
+            f"from {source}. Make a folder for each split, put {{split}} in the path, or, with "
+            "examples/train_detector.py, hold a part of it out (--eval-fraction 0.2) or train "
             "without evaluation (--eval-split none)."
         )
 
@@ -240,56 +264,6 @@ def _find_category(features: datasets.Features, require_boxes: bool) -> tuple[st
     return key, category.feature if isinstance(category, datasets.List) else category
 
 
-def _check_boxes(
-    rows: datasets.Dataset, split: str, require_boxes: bool, category_key: str | None = None
-) -> set[CategoryId]:
-    """Raise if there is no box, or none in pixels, and collect the categories that occur.
-
-    Categories are collected if their key is given; else a part of the rows is enough.
-    """
-    categories, num_boxes, is_in_pixels = set(), 0, False
-    if "objects" in rows.column_names:
-        for batch in rows.select_columns("objects").iter(batch_size=1000):
-            for objects in _as_rows(batch["objects"]):
-                columns = objects_as_columns(objects)
-                boxes = columns.get("bbox") or []
-                num_boxes += len(boxes)
-                # What is no box is reported with its row when it is read.
-                is_in_pixels = is_in_pixels or not all(map(_is_unit_box, boxes))
-                categories.update(columns.get(category_key) or [])
-            if num_boxes and category_key is None:
-                break
-    if require_boxes and num_boxes == 0:
-        raise ValueError(
-            f"The dataset has no boxes: the objects of all {len(rows)} rows of the split {split!r} "
-            "are empty."
-        )
-    if num_boxes and not is_in_pixels:
-        raise ValueError(
-            f"The boxes of the split {split!r} are not in pixels: no coordinate of {num_boxes} "
-            "boxes is above 1. Multiply them by the width and height of their pictures."
-        )
-    return categories - {None}
-
-
-def _is_unit_box(box: Any) -> bool:
-    """Whether it could be a box in shares of its picture."""
-    try:
-        return all(0 <= coordinate <= 1 for coordinate in box)
-    except TypeError:
-        return False
-
-
-def _as_rows(batch: Any) -> list[Any]:
-    """The objects of several pictures, one by one."""
-    if isinstance(batch, Mapping):
-        keys = list(batch)
-        return [
-            dict(zip(keys, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-    return batch
-
-
 def _table_of_stream(
     category: Any,
     names: dict[CategoryId, str] | None,
@@ -310,36 +284,3 @@ def _table_of_stream(
 def _has_integer_ids(rows: Rows) -> bool:
     feature = rows.features.get("image_id")
     return isinstance(feature, datasets.Value) and "int" in feature.dtype
-
-
-def _check_picture_files(rows: datasets.Dataset) -> None:
-    """Raise if a file stands in several rows: each would lack the boxes of the others."""
-    if len(rows) == 0 or "image" not in rows.column_names:
-        return
-    pictures = rows.select_columns("image")
-    if (pictures[0]["image"] or {}).get("bytes") is not None:
-        return  # in the rows themselves; their names need not be unique
-    counts = Counter(
-        image["path"]
-        for batch in pictures.iter(batch_size=1000)
-        for image in batch["image"]
-        if image is not None and image["bytes"] is None
-    )
-    repeated = [path for path, count in counts.items() if path and count > 1]
-    if repeated:
-        raise ValueError(
-            f"A picture must stand in one row, with all its boxes, but {repeated[:3]} stand in "
-            f"several ({len(repeated)} such pictures). Join their rows."
-        )
-
-
-def _check_image_ids(rows: datasets.Dataset, reader: RowReader) -> None:
-    if not reader.has_image_ids:
-        return
-    counts = Counter(rows["image_id"])
-    repeated = [image_id for image_id, count in counts.items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"image_id must be different in every row, but {repeated[:10]} occur more than once "
-            f"({len(repeated)} such ids); results could not be told apart."
-        )

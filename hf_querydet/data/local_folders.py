@@ -100,6 +100,13 @@ def name_other_format(path: Path) -> str:
                     f" {path} looks like {name} ({file.relative_to(path)}), which is not read: "
                     f"convert it to a COCO json, or describe its pictures in a {METADATA}."
                 )
+    jsons = (file for pattern in ("*.json", "annotations/*.json") for file in path.glob(pattern))
+    file = next(jsons, None)
+    if file is not None:
+        return (
+            f" If {file} is a COCO json, pass it instead of its folder, and the folder of its "
+            "pictures as picture_dir (--picture-dir)."
+        )
     return ""
 
 

@@ -4,17 +4,18 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from PIL import Image
 
 from hf_querydet.coco_annotations import prepare_labels
 from hf_querydet.data.labels import LabelTable
-from hf_querydet.image_reading import turn_upright
+from hf_querydet.image_reading import turn_upright, upright_size
 
 # The second is COCO's, the third that of Hugging Face's guide to image folders.
 CATEGORY_KEYS = ("category", "category_id", "categories")
+BoxFormat = Literal["xywh", "xyxy"]
 
 
 class BadExampleError(ValueError):
@@ -26,7 +27,7 @@ class RowReader:
     """Reads one row of a dataset in the usual columns of the Hub.
 
     Columns: ``image`` (undecoded: path and bytes), ``image_id`` (optional), ``objects`` with
-    ``bbox`` (COCO: left, top, width, height in pixels), ``category``, ``category_id`` or
+    ``bbox`` (see ``box_format``), ``category``, ``category_id`` or
     ``categories``, and optionally ``area`` and ``iscrowd``; either a mapping of lists or a list of
     mappings. Where ``width`` and ``height`` are among the columns, see ``checks_sizes``.
 
@@ -38,12 +39,14 @@ class RowReader:
         checks_sizes: Whether the columns ``width`` and ``height`` must be those of the picture, as
             in a COCO json. Elsewhere they may say something else, so that only one thing about them
             is an error: that they are the size of a picture that EXIF turns.
+        box_format: Whether ``bbox`` is left, top, width, height or left, top, right, bottom.
     """
 
     label_table: LabelTable
     category_key: str
     has_image_ids: bool
     checks_sizes: bool = False
+    box_format: BoxFormat = "xywh"
 
     def image_id(self, row: Mapping[str, Any], row_number: int) -> int:
         """Number that identifies the picture of a row in results."""
@@ -80,6 +83,18 @@ class RowReader:
         except (TypeError, ValueError) as error:
             raise BadExampleError(f"{self.describe(row, row_number)}: {error}") from error
         return image, annotation_set
+
+    def check_categories(self, row: Mapping[str, Any], row_number: int) -> None:
+        """Raise if a category of one row has no label.
+
+        Raises:
+            BadExampleError: As :meth:`read` raises it, which also looks at the picture.
+        """
+        try:
+            for category in objects_as_columns(row.get("objects")).get(self.category_key) or []:
+                self.label_table.label_of(category)
+        except ValueError as error:
+            raise BadExampleError(f"{self.describe(row, row_number)}: {error}") from error
 
     def describe(self, row: Mapping[str, Any], row_number: int) -> str:
         """Row, image id and file, for messages."""
@@ -119,6 +134,8 @@ class RowReader:
             )
         if not bboxes:
             return []
+        if self.box_format == "xyxy":
+            bboxes = [_corners_to_sizes(bbox) for bbox in bboxes]
         areas = _optional(columns, "area", len(bboxes))
         iscrowd = _optional(columns, "iscrowd", len(bboxes))
         return [
@@ -148,11 +165,9 @@ def _decode(image: Mapping[str, Any] | None) -> tuple[Image.Image, tuple[int, in
     try:
         # Read here, because datasets leaves a local file open if decoding fails, and refuses a
         # picture with EXIF data that cannot be read.
-        path, content = image.get("path"), image.get("bytes")
-        if content is None and path is not None and Path(path).is_file():
-            content = Path(path).read_bytes()
+        content = _file_content(image)
         if content is None:  # a stream's, which datasets fetches
-            fetched = datasets.Image().decode_example({"path": path, "bytes": None})
+            fetched = datasets.Image().decode_example({"path": image.get("path"), "bytes": None})
             return fetched, fetched.size
         # Loads all pixels, which finds truncated files.
         stored = Image.open(io.BytesIO(content))
@@ -160,6 +175,42 @@ def _decode(image: Mapping[str, Any] | None) -> tuple[Image.Image, tuple[int, in
     # Pillow raises OSError, SyntaxError, struct.error and more, depending on the format.
     except Exception as error:
         raise ValueError(f"the picture cannot be read: {type(error).__name__}: {error}") from error
+
+
+def picture_size(image: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """(width, height) of an undecoded picture, upright, from the head of its file.
+
+    None where it cannot be told.
+    """
+    try:
+        return upright_size(Image.open(io.BytesIO(_file_content(image or {}))))
+    except Exception:  # as many kinds as of _decode, which says so when the row is read
+        return None
+
+
+def _file_content(image: Mapping[str, Any]) -> bytes | None:
+    """The file of an undecoded picture; None where it is neither in the row nor on this disk."""
+    path, content = image.get("path"), image.get("bytes")
+    if content is None and path is not None and Path(path).is_file():
+        content = Path(path).read_bytes()
+    return content
+
+
+def _corners_to_sizes(bbox: Any) -> list[float]:
+    """From left, top, right, bottom to left, top, width, height."""
+    try:
+        left, top, right, bottom = bbox
+        width, height = right - left, bottom - top
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"bbox must hold 4 numbers, [left, top, right, bottom]; got {bbox!r}."
+        ) from error
+    if width < 0 or height < 0:
+        raise ValueError(
+            "bbox must be [left, top, right, bottom] with right not below left and bottom not "
+            f"below top, got {bbox!r}; [left, top, width, height] is box_format='xywh'."
+        )
+    return [left, top, width, height]
 
 
 def _optional(columns: dict[str, list[Any]], key: str, count: int) -> list[Any]:

@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from transformers.image_utils import SizeDict
 
 from hf_querydet.image_processing_utils import DetectionImageProcessor
-from hf_querydet.image_reading import read_picture
 from hf_querydet.picture_sizes import resized_size
 
 # DETR's augmentation (arXiv:2005.12872, Sec. 4 and the authors' code) is stated for pictures whose
@@ -137,11 +135,11 @@ class RandomSizeCrop(v2.Transform):
 
 
 def apply_transforms(
-    transforms: Callable, image: Image.Image, annotation_set: Mapping[str, Any]
+    transforms: Callable, picture: Tensor, annotation_set: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Run transforms of the v2 kind on a picture with its annotations.
 
-    ``transforms`` get a uint8 ``tv_tensors.Image`` (3, height, width) and a dictionary with
+    ``transforms`` get a ``tv_tensors.Image`` (channels, height, width) and a dictionary with
     ``boxes`` (``tv_tensors.BoundingBoxes``, xyxy in pixels) and, one value per box, ``labels``,
     ``iscrowd`` and ``area_share``. Afterwards boxes are clipped to the new picture and those
     without area are dropped. Areas are computed anew: an object covers the same share of its box
@@ -150,16 +148,16 @@ def apply_transforms(
     Args:
         transforms: Callable (picture, target) -> (picture, target). If it drops boxes, it must drop
             the other values with them.
-        image: Picture before.
+        picture: Picture before, (channels, height, width): uint8, or floats in 0..1.
         annotation_set: Its annotations in the form that image processors take.
 
     Returns:
-        The new picture (3, height, width), uint8, and the new annotations.
+        The new picture (channels, height, width) and the new annotations.
 
     Raises:
         ValueError: If the transforms return lists of unlike lengths.
     """
-    picture = tv_tensors.Image(read_picture(image))
+    picture = tv_tensors.Image(picture)
     target = _target_from_annotations(annotation_set["annotations"], picture.shape[-2:])
     picture, target = transforms(picture, target)
     lengths = {key: len(values) for key, values in target.items()}

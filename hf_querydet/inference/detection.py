@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_querydet.image_processing_utils import DetectionImageProcessor
-from hf_querydet.image_reading import read_picture
+from hf_querydet.image_processing_utils import DetectionImageProcessor, read_for
 from hf_querydet.inference.batching import in_batches, read_ahead
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.registration import load_detector
@@ -112,24 +111,6 @@ def detect(
         detect_batch(model, processor, batch, threshold=threshold, top_k=top_k)
         for batch in read_ahead(read, batches, num_workers)
     )
-
-
-def read_for(processor: DetectionImageProcessor, picture: Any) -> Tensor:
-    """A picture as its processor reads it, (channels, height, width), upright.
-
-    Raises:
-        TypeError: If it is no picture.
-        ValueError: If it cannot be read.
-    """
-    read = read_picture(
-        picture,
-        convert_rgb=bool(processor.do_convert_rgb),
-        to_8bit_scale=bool(processor.do_rescale),
-    )
-    if read.is_floating_point() and processor.do_rescale and read.amax() <= 1:
-        # The processor would take it for a picture from 0 to 1. It is nearly black.
-        read = read.round().to(torch.uint8)
-    return read
 
 
 def detect_batch(

@@ -11,13 +11,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from hf_querydet.file_writing import partial_path
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.inference.file_detection import OnDetected
-from hf_querydet.inference.picture_files import PictureFile
+from hf_querydet.inference.picture_files import PictureFile, list_pictures
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.visualization import draw_detections, explain
 
 QUALITY = 95  # of JPEG and WebP
 OTHER_SUFFIX = ".png"
 EXPLANATION_SUFFIX = ".explanation.png"
+# In a folder with drawn pictures: nobody's originals are there.
+DRAWN_MARKER = ".drawn_by_hf_querydet"
 
 
 def picture_drawer(
@@ -36,6 +38,7 @@ def picture_drawer(
 
     def draw(file: PictureFile, picture: Tensor, detections: Mapping[str, Tensor]) -> None:
         drawn = draw_detections(picture, detections, id2label=id2label, font=font)
+        mark_drawn(output_dir)
         save_picture(drawn, drawn_path(output_dir, file))
 
     return draw
@@ -60,6 +63,7 @@ def picture_explainer(
     def draw(file: PictureFile, picture: Tensor, detections: Mapping[str, Tensor]) -> None:
         queries = detections["queries"].tolist()
         explanation = explain(model, processor, picture, queries[0] if queries else "best")
+        mark_drawn(output_dir)
         explanation.save(Path(output_dir, file.name + EXPLANATION_SUFFIX))
 
     return draw
@@ -73,6 +77,20 @@ def drawn_path(output_dir: str | os.PathLike, file: PictureFile) -> Path:
     path = Path(output_dir, file.name)
     usual = path.suffix.lower() in IMG_EXTENSIONS
     return path if usual else path.with_name(path.name + OTHER_SUFFIX)
+
+
+def mark_drawn(output_dir: str | os.PathLike) -> None:
+    """Leave a sign that pictures in a folder were drawn, and may be drawn anew."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    Path(output_dir, DRAWN_MARKER).touch()
+
+
+def has_others_pictures(output_dir: str | os.PathLike) -> bool:
+    """Whether a folder holds pictures, and no sign that they were drawn."""
+    folder = Path(output_dir)
+    if not folder.is_dir() or (folder / DRAWN_MARKER).exists():
+        return False
+    return next(list_pictures(folder), None) is not None
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -8,9 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.image_processing_utils import DetectionImageProcessor, read_for
 from hf_querydet.inference.batching import in_batches, read_ahead
-from hf_querydet.inference.detection import detect_batch, read_for
+from hf_querydet.inference.detection import detect_batch
 from hf_querydet.inference.picture_files import PictureFile
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 

@@ -14,7 +14,6 @@ from hf_querydet.inference.file_detection import FileDetections
 BOX_DECIMALS, SCORE_DECIMALS = 2, 5
 
 JSON_LINES_FILE, COCO_FILE = "detections.jsonl", "detections.json"
-RESULT_FILES = (JSON_LINES_FILE, COCO_FILE)
 
 
 class ResultWriter(Protocol):

@@ -18,7 +18,7 @@ from hf_querydet.training.options import (
 )
 from hf_querydet.training.progress import ThroughputMeter, TrainingProgress
 from hf_querydet.training.run_directory import (
-    check_model_of,
+    check_facts,
     checkpoint_name,
     list_checkpoints,
     open_run_directory,
@@ -35,7 +35,7 @@ __all__ = [
     "ThroughputMeter",
     "TrainingProgress",
     "average_statistics",
-    "check_model_of",
+    "check_facts",
     "checkpoint_name",
     "continue_schedule",
     "fill_from_recipe",

@@ -72,8 +72,22 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add, flag = group.add_argument, argparse.BooleanOptionalAction
     add("--dataset", required=True, help="{split} in a path stands for the split")
     add("--train-split", default="train", help="split to train on")
-    add("--eval-split", default="validation", help="'none' trains without evaluation")
+    evaluated = group.add_mutually_exclusive_group().add_argument
+    evaluated("--eval-split", default="validation", help="'none' trains without evaluation")
+    evaluated(
+        "--eval-fraction",
+        type=_fraction,
+        help="evaluate on this share of the training split instead, drawn by --seed; it is not "
+        "trained on",
+    )
+    add("--config-name", help="of a Hub dataset that has several")
     add("--picture-dir", help="pictures of a COCO json, if not beside it")
+    add(
+        "--box-format",
+        choices=["xywh", "xyxy"],
+        help="left, top, width, height as in COCO; or left, top, right, bottom; unset: the first, "
+        "unless they look like the second",
+    )
     add("--label-names", help="comma-separated names, where the dataset has only numbers")
     add("--max-train-samples", type=_positive, help="train on so many pictures, drawn by --seed")
     add("--max-eval-samples", type=_positive, help="evaluate on so many, drawn by --seed")
@@ -131,6 +145,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text}")
+    return number
+
+
 def _norm(text: str) -> float:
     number = float(text)
     if not number >= 0:
@@ -152,6 +173,11 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.streaming and options.max_train_steps is None:
         raise ValueError("--streaming needs --max-train-steps: a stream has no length.")
+    if options.streaming and options.eval_fraction:
+        raise ValueError(
+            "--eval-fraction needs the number of pictures, which a stream does not tell; name an "
+            "--eval-split, or leave out --streaming."
+        )
     if options.early_stopping and options.eval_split == NO_SPLIT:
         raise ValueError("--early-stopping needs an --eval-split to tell what is better.")
     if options.ema_decay is not None and not 0 < options.ema_decay < 1:

@@ -18,7 +18,7 @@ from hf_querydet.file_writing import (
 )
 
 CHECKPOINTS = "checkpoints"
-MODEL_OF_CHECKPOINT = "model.json"
+FACTS = "facts.json"
 NUM_CHECKPOINTS_KEPT = 2
 
 
@@ -35,7 +35,7 @@ def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | 
         The newest complete checkpoint; None to start from the beginning.
 
     Raises:
-        FileExistsError: If there are checkpoints, which a new run would mix with its own.
+        FileExistsError: If there are models or checkpoints of another run.
     """
     directory = Path(directory)
     checkpoints = list_checkpoints(directory / CHECKPOINTS)
@@ -44,6 +44,12 @@ def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | 
             raise FileExistsError(
                 f"--output-dir {directory} holds a run already; continue it with --resume, or "
                 "choose another directory."
+            )
+        models = [name for name in ("best", "last") if (directory / name).exists()]
+        if models:
+            raise FileExistsError(
+                f"--output-dir {directory} holds {' and '.join(models)} of another run, which "
+                "would be replaced; choose another directory."
             )
         return None
     for previous in directory.glob("*" + PREVIOUS_SUFFIX):
@@ -55,7 +61,7 @@ def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | 
 
 
 def save_checkpoint(
-    accelerator: Accelerator, directory: str | os.PathLike, step: int, model: Mapping[str, Any]
+    accelerator: Accelerator, directory: str | os.PathLike, step: int, facts: Mapping[str, Any]
 ) -> None:
     """Save all that resuming needs; the checkpoint gets its name when it is complete.
 
@@ -66,7 +72,7 @@ def save_checkpoint(
         accelerator: Holds model, optimizer and what else is registered for checkpoints.
         directory: Of the run.
         step: Optimizer steps done, for the name.
-        model: What the weights belong to, see :func:`check_model_of`; plain values.
+        facts: What a run that continues it must agree with, see :func:`check_facts`; plain values.
     """
     directory = Path(directory) / CHECKPOINTS
     finished = directory / checkpoint_name(step)
@@ -78,32 +84,33 @@ def save_checkpoint(
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(partial / MODEL_OF_CHECKPOINT, model)
+        write_json(partial / FACTS, facts)
         finish_directory(partial, finished)
         for old in list_checkpoints(directory)[:-NUM_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def check_model_of(checkpoint: Path, model: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights belong to something else.
+def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run that this one does not continue.
 
     Weights of the same shapes would be loaded all the same: those of a class under the name of
     another.
 
     Args:
         checkpoint: As :func:`open_run_directory` returns it.
-        model: What the weights must belong to, as :func:`save_checkpoint` got it.
+        facts: Of this run, as :func:`save_checkpoint` got those of the other.
 
     Raises:
-        ValueError: If it was something else when the checkpoint was made.
+        ValueError: If one of them was something else when the checkpoint was made.
     """
-    saved = json.loads((checkpoint / MODEL_OF_CHECKPOINT).read_text(encoding="utf-8"))
-    for name, value in model.items():
+    saved = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
+    for name, value in facts.items():
         if saved[name] != value:
             raise ValueError(
-                f"The {name} of {checkpoint} are {saved[name]}, now they are {value}. Resume with "
-                "the model and the labels of before, or begin a new run in another --output-dir."
+                f"{name} of {checkpoint}: {saved[name]}, now: {value}. Resume with the model, "
+                "labels and held-out pictures of before, or begin a new run in another "
+                "--output-dir."
             )
 
 

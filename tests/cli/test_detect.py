@@ -66,7 +66,7 @@ def test_folder_gives_a_line_and_a_drawn_copy_per_picture(model, pictures, tmp_p
     assert 0 < num_objects < 20
     assert f"{num_objects} objects in 4 pictures" in output
     drawn = {path.relative_to(tmp_path / "out").as_posix() for path in content(tmp_path / "out")}
-    assert drawn == {"detections.jsonl", *names}
+    assert drawn == {".drawn_by_hf_querydet", "detections.jsonl", *names}
 
 
 def test_finding_nothing_says_what_could_be_changed(model, pictures, tmp_path):
@@ -136,13 +136,33 @@ def test_folder_of_other_pictures_is_no_place_for_copies(model, pictures, tmp_pa
 
     message = run(model, pictures, "--output", tmp_path / "mine", code=1)
 
-    assert "holds pictures that are no results of an earlier run" in message
+    assert "holds pictures that no earlier run has drawn" in message
     assert [path.read_bytes() for path in (tmp_path / "mine").iterdir()] == [b"mine"]
+
+
+def test_boxes_in_a_file_do_not_make_pictures_beside_it_copies(model, pictures, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.png").write_bytes((pictures / "a.png").read_bytes())
+    run(model, tmp_path / "mine", "--output", tmp_path / "mine", "--no-pictures")
+
+    message = run(model, pictures, "--output", tmp_path / "mine", code=1)
+
+    assert "holds pictures that no earlier run has drawn" in message
+    assert (tmp_path / "mine" / "a.png").read_bytes() == (pictures / "a.png").read_bytes()
+
+
+def test_copies_of_a_run_that_was_stopped_may_be_replaced(model, pictures, tmp_path):
+    run(model, pictures, "--output", tmp_path / "out")
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / "detections.jsonl").unlink()
+
+    run(model, pictures, "--output", tmp_path / "out")
+
+    assert content(tmp_path / "out") == before
 
 
 def test_copy_that_cannot_be_written_is_reported_and_the_rest_is_done(model, pictures, tmp_path):
     (tmp_path / "out" / "a.png").mkdir(parents=True)  # a folder in the copy's place
-    (tmp_path / "out" / "detections.jsonl").touch()
 
     output = run(model, pictures, "--output", tmp_path / "out", code=1)
 
@@ -172,7 +192,8 @@ def test_copies_that_fail_in_the_middle_leave_nothing(model, pictures, tmp_path,
     message = run(model, pictures, "--output", tmp_path / "out", code=1)
 
     assert "Not drawn: a/b/a.png: no space left" in message
-    assert {path.name for path in content(tmp_path / "out")} == {"detections.jsonl"}
+    files = {path.name for path in content(tmp_path / "out")}
+    assert files == {".drawn_by_hf_querydet", "detections.jsonl"}
 
 
 def test_wrong_words_are_errors_of_usage(model, pictures, tmp_path):

@@ -103,6 +103,20 @@ def test_pycocotools_gets_the_same_numbers_from_the_files(model, coco, tmp_path)
     assert "4 pictures of" in output
 
 
+def test_boxes_that_are_corners(model, coco, tmp_path):
+    run(model, coco, "--metrics-output", tmp_path / "sizes.json")
+    content = read(coco)
+    for annotation in content["annotations"]:
+        left, top, width, height = annotation["bbox"]
+        annotation["bbox"] = [left, top, left + width, top + height]
+    coco.write_text(json.dumps(content))
+
+    run(model, coco, "--box-format", "xyxy", "--metrics-output", tmp_path / "corners.json")
+
+    assert read(tmp_path / "corners.json") == read(tmp_path / "sizes.json")
+    assert read(tmp_path / "corners.json")["map"] > 0
+
+
 def test_string_ids_of_pictures_come_back(model, coco, tmp_path):
     content = read(coco)
     names = {image["id"]: f"scan-{9 - image['id']}" for image in content["images"]}

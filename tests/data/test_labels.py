@@ -82,6 +82,17 @@ def test_a_long_list_of_categories_is_cut():
         LabelTable.from_categories(range(300)).label_of(300)
 
 
+def test_a_list_that_may_have_to_start_at_one_is_mentioned(caplog):
+    LabelTable.from_categories([1, 2], label_names=["cat", "dog", "owl"])
+    assert "No object has category 0, 'cat' by label_names." in caplog.text
+    caplog.clear()
+    LabelTable.from_categories([1, 2], label_names=["N/A", "cat", "dog", "owl"])
+    LabelTable.from_categories([0, 2], label_names=["cat", "dog", "owl"])
+    LabelTable.from_categories(["dog"], label_names=["cat", "dog", "owl"])
+    LabelTable.from_categories([1], label_names={0: "cat", 1: "dog"})
+    assert caplog.text == ""
+
+
 def test_a_category_without_a_place_in_label_names_is_an_error():
     with pytest.raises(ValueError, match=r"label_names has no name for the categories \[2\]"):
         LabelTable.from_categories([1, 2], label_names=["a", "b"])

@@ -1,10 +1,17 @@
 import json
+import math
 
 import datasets
 import pytest
 from detection_data import OBJECTS, SIZES, write_coco, write_image_folder, write_picture
+from PIL import Image
 
-from hf_querydet.data import DetectionDataset, IterableDetectionDataset, load_detection_dataset
+from hf_querydet.data import (
+    BadExampleError,
+    DetectionDataset,
+    IterableDetectionDataset,
+    load_detection_dataset,
+)
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 11, "name": "owl"}]
 COCO_OBJECTS = [
@@ -476,6 +483,106 @@ def test_boxes_in_shares_of_the_picture_are_an_error(image_folder, tmp_path, pas
         load_detection_dataset(folder, split="train", label_table=table)
 
 
+def as_corners(objects):
+    """The same objects with boxes as left, top, right, bottom."""
+    return [
+        {**each, "bbox": [[x, y, x + width, y + height] for x, y, width, height in each["bbox"]]}
+        for each in objects
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_boxes_that_are_corners_are_read_as_such(image_folder, tmp_path, streaming):
+    options = {"streaming": streaming, "label_names": ["ant", "cat", "dog"]}
+    expected = load_detection_dataset(image_folder, split="train", **options)
+    folder = write_image_folder(tmp_path / "corners", as_corners(OBJECTS))
+
+    dataset = load_detection_dataset(folder, split="train", box_format="xyxy", **options)
+
+    assert annotations_of(dataset) == annotations_of(expected)
+    assert any(each["annotations"] for each in annotations_of(dataset))
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([9.0, 4.0, 8.0, 11.0], r"right not below left .* got \[9\.0, 4\.0, 8\.0, 11\.0\]"),
+        (
+            [9.0, 4.0, 18.0, 3.5],
+            r"bottom not below top.*; \[left, top, width, height\] is box_format",
+        ),
+        ([9.0, 4.0, 18.0], r"4 numbers, \[left, top, right, bottom\]; got \[9\.0, 4\.0, 18\.0\]"),
+        ([9.0, 4.0, 18.0, None], "4 numbers"),
+        ([9.0, 4.0, 18.0, math.inf], "finite numbers"),
+    ],
+)
+def test_corners_that_are_none_are_named(tmp_path, box, message):
+    folder = write_image_folder(tmp_path / "pets", [{"bbox": [box], "category": ["cat"]}])
+    dataset = load_detection_dataset(folder, split="train", box_format="xyxy")
+
+    with pytest.raises(BadExampleError, match=rf"row 0 .*{message}"):
+        dataset[0]
+
+
+# Corners that, taken for sizes, reach beyond pictures of 61x43, 38x57 and 75x31.
+CORNERS = [
+    {"bbox": [[5.0, 4.0, 25.0, 15.0], [30.0, 20.0, 39.0, 35.0]], "category": ["cat", "dog"]},
+    {"bbox": [[1.0, 40.0, 20.0, 55.0]], "category": ["cat"]},
+    {"bbox": [], "category": []},
+]
+
+
+def test_boxes_that_look_like_corners_are_an_error(tmp_path):
+    folder = write_image_folder(tmp_path / "pets", CORNERS)
+
+    message = r"split 'train' look like left, top, right, bottom: .* 2 of 3 .* box_format='xyxy'"
+    with pytest.raises(ValueError, match=message):
+        load_detection_dataset(folder, split="train")
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        # One that is narrower than its left edge is far from the picture's.
+        [*CORNERS, {"bbox": [[7.0, 8.0, 6.9, 20.0]], "category": ["cat"]}],
+        # Beyond, but by less than a twentieth of 61 and 43.
+        [{"bbox": [[30.0, 20.0, 34.0, 25.0]], "category": ["cat"]}],
+        # One in four beyond.
+        [{"bbox": [*[[5.0, 4.0, 25.0, 15.0]] * 3, [30.0, 20.0, 39.0, 35.0]], "category": [""] * 4}],
+    ],
+    ids=["narrow", "slightly", "few"],
+)
+def test_boxes_that_may_be_sizes_are_taken_for_them(tmp_path, objects):
+    folder = write_image_folder(tmp_path / "pets", objects)
+
+    assert len(load_detection_dataset(folder, split="train")) == len(objects)
+
+
+def test_boxes_that_look_like_corners_are_sizes_if_that_is_said(tmp_path):
+    folder = write_image_folder(tmp_path / "pets", CORNERS)
+
+    dataset = load_detection_dataset(folder, split="train", box_format="xywh")
+
+    assert dataset[0]["annotations"]["annotations"][0]["bbox"] == [5.0, 4.0, 25.0, 15.0]
+
+
+def test_boxes_of_a_turned_picture_are_compared_with_its_upright_size(tmp_path):
+    # Stored as 61x43, shown as 43x61: the box ends at 40, 60.
+    folder = write_image_folder(
+        tmp_path / "pets", [{"bbox": [[5.0, 10.0, 35.0, 50.0]], "category": ["cat"]}]
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(folder / "0.png").save(folder / "0.png", exif=turned)
+
+    assert load_detection_dataset(folder, split="train")[0]["image"].size == (43, 61)
+
+
+def test_an_unknown_box_format_is_an_error(image_folder):
+    with pytest.raises(ValueError, match="box_format must be 'xywh' or 'xyxy', got 'cxcywh'"):
+        load_detection_dataset(image_folder, split="train", box_format="cxcywh")
+
+
 def test_a_line_for_each_box_is_an_error(tmp_path):
     box = {"bbox": [[5.0, 4.0, 20.0, 11.0]], "category": ["cat"]}
     folder = write_image_folder(tmp_path / "pets", [box, box])
@@ -485,6 +592,45 @@ def test_a_line_for_each_box_is_an_error(tmp_path):
 
     with pytest.raises(ValueError, match=r"must stand in one row, .*1\.png'\] stand in several"):
         load_detection_dataset(folder, split="train")
+
+
+def test_file_names_of_windows_are_found(tmp_path):
+    json_file = write_coco(tmp_path / "a.json", tmp_path / "photos", CATEGORIES, COCO_OBJECTS)
+    json_file.write_text(json_file.read_text().replace('"photo ', r'"photos\\photo '))
+
+    dataset = load_detection_dataset(json_file, split="train")
+
+    assert [item["image"].size for item in dataset] == SIZES[:3]
+
+
+def test_a_supercategory_is_no_class(tmp_path):
+    json_file = write_coco(tmp_path / "a.json", tmp_path, CATEGORIES, COCO_OBJECTS)
+    content = json.loads(json_file.read_text())
+    pets = [{**each, "supercategory": "pets"} for each in content["categories"]]
+    # One that nothing belongs to, and one that is its own, as COCO has it, are classes.
+    person = {"id": 21, "name": "person", "supercategory": "person"}
+    content["categories"] = [{"id": 0, "name": "pets", "supercategory": "none"}, *pets, person]
+    json_file.write_text(json.dumps(content))
+
+    dataset = load_detection_dataset(json_file, split="train")
+
+    assert dataset.id2label == {0: "cat", 1: "dog", 2: "owl", 3: "person"}
+
+
+def test_a_supercategory_with_objects_is_a_class(tmp_path):
+    categories = [{**each, "supercategory": "dog"} for each in CATEGORIES]
+    json_file = write_coco(tmp_path / "a.json", tmp_path, categories, COCO_OBJECTS)
+
+    dataset = load_detection_dataset(json_file, split="train")
+
+    assert dataset.id2label == {0: "cat", 1: "dog", 2: "owl"}
+
+
+def test_a_folder_with_a_json_of_another_name_says_so(tmp_path):
+    write_coco(tmp_path / "annotations" / "pets.json", tmp_path / "images", CATEGORIES, [[]])
+
+    with pytest.raises(ValueError, match=r"If .*annotations/pets\.json is a COCO json, pass it"):
+        load_detection_dataset(tmp_path, split="train")
 
 
 def test_a_wrong_picture_dir_is_named_at_once(tmp_path):

@@ -24,7 +24,9 @@ def touch(*files):
 def test_one_folder_or_json_is_not_two_splits(tmp_path, source, file):
     touch(tmp_path / file)
     expected = f"{source} has one split: 'train' and 'validation' would both be read from"
-    with pytest.raises(ValueError, match=f"{expected} .*Put {{split}} in the path"):
+    with pytest.raises(
+        ValueError, match=f"{expected} .*put {{split}} in the path, .*--eval-fraction"
+    ):
         check_splits_differ(tmp_path / source, **SPLITS)
 
 

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -27,8 +26,7 @@ def image_of_places(width, height):
     """A picture whose red and green values are the column and the row of each pixel."""
     red = torch.arange(width).expand(height, width)
     green = torch.arange(height)[:, None].expand(height, width)
-    pixels = torch.stack([red, green, torch.zeros_like(red)], dim=-1).to(torch.uint8)
-    return Image.fromarray(pixels.numpy())
+    return torch.stack([red, green, torch.zeros_like(red)]).to(torch.uint8)
 
 
 def crop(top, left, height, width):
@@ -170,7 +168,7 @@ def test_crop_sides_are_uniform_between_their_bounds():
 
 def test_crops_reach_every_corner():
     torch.manual_seed(0)
-    picture = tv_tensors.Image(v2.functional.pil_to_tensor(image_of_places(10, 8)))
+    picture = tv_tensors.Image(image_of_places(10, 8))
     corners = {tuple(RandomSizeCrop(7, 7)(picture)[:2, 0, 0].tolist()) for _ in range(200)}
 
     assert corners == {(left, top) for left in range(4) for top in range(2)}
@@ -259,8 +257,8 @@ def test_boxes_stay_on_what_they_enclose():
     """A red rectangle is found again, to a pixel, where its box says."""
     processor = DetectionImageProcessor(size={"shortest_edge": 300, "longest_edge": 500})
     augmentation = DetectionAugmentation(processor)
-    image = Image.new("RGB", (210, 170))
-    image.paste((255, 0, 0), (60, 50, 130, 120))
+    image = torch.zeros(3, 170, 210, dtype=torch.uint8)
+    image[0, 50:120, 60:130] = 255
     before = annotation_set(annotation([60.0, 50.0, 70.0, 70.0]))
     torch.manual_seed(0)
     found = 0

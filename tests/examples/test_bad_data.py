@@ -114,6 +114,34 @@ def test_dataset_that_cannot_be_used_is_refused(tmp_path, change, message):
     assert not (folder / "out").exists()
 
 
+def test_category_that_only_the_evaluation_split_has_is_named_before_training(tmp_path):
+    folder = tmp_path / "data"
+    content = write_coco(folder)
+    content["categories"].append({"id": 5, "name": "owl"})
+    content["annotations"][3]["category_id"] = 5
+    (folder / "eval.json").write_text(json.dumps(content))
+    content["categories"].pop()
+    content["annotations"].pop()
+    save(folder, content)
+    words = arguments(folder / "{split}.json", folder / "out", "--eval-split", "eval")
+    with pytest.raises(ValueError, match=r"row 3 .*3\.jpg\): category 5 is not among"):
+        run_script(words)
+    assert not (folder / "out").exists()
+
+
+def test_boxes_that_are_corners_are_recognised_and_read_on_request(tmp_path):
+    folder = tmp_path / "data"
+    content = write_coco(folder)
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [30, 20, 50, 45]
+    save(folder, content)
+    with pytest.raises(
+        ValueError, match=r"4 of 4 reach far beyond .*box_format='xyxy'.*--box-format"
+    ):
+        train(folder)
+    assert list(losses(train(folder, "--box-format", "xyxy"))) == [1, 2]
+
+
 def test_evaluated_pictures_without_a_box_are_mentioned(tmp_path):
     folder = tmp_path / "data"
     content = write_coco(folder)

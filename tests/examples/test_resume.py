@@ -111,8 +111,36 @@ def test_checkpoint_of_other_labels_is_refused(scenes, tmp_path):
     rows.write_text(rows.read_text().replace('"circle"', '"ring"'))
     words[words.index(str(scenes))] = str(renamed)
 
-    with pytest.raises(ValueError, match="Resume with the model and the labels of before"):
+    with pytest.raises(ValueError, match="Resume with the model, labels and held-out"):
         run_script([*words, "--resume"])
+
+
+def test_another_draw_of_held_out_pictures_is_refused(scenes, tmp_path):
+    words = arguments(scenes / "train", tmp_path, "--eval-fraction", 0.25, "--epochs", 1)
+    run_script([*words, "--seed", "3"])
+
+    run_script([*words, "--seed", "3", "--resume"])
+    with pytest.raises(ValueError, match=r"held-out part of .*'seed': 3}, now: .*'seed': 4}"):
+        run_script([*words, "--seed", "4", "--resume"])
+    words[words.index("0.25")] = "0.5"
+    with pytest.raises(ValueError, match=r"'fraction': 0\.25, .* now: .*'fraction': 0\.5,"):
+        run_script([*words, "--seed", "3", "--resume"])
+
+
+def test_an_epoch_is_not_lost_if_its_evaluation_fails(scenes, tmp_path):
+    damaged = shutil.copytree(scenes, tmp_path / "scenes")
+    picture = damaged / "validation" / "0.png"
+    complete = picture.read_bytes()
+    picture.write_bytes(complete[:300])
+    words = arguments(damaged, tmp_path / "run", "--epochs", 1)
+    with pytest.raises(ValueError, match=r"0\.png\): the picture cannot be read"):
+        run_script(words)
+    picture.write_bytes(complete)
+
+    output = run_script([*words, "--resume"])
+
+    assert losses(output) == {}
+    assert 0 <= read_metrics(tmp_path / "run" / "best")["map"] <= 1
 
 
 def test_schedule_of_a_run_that_was_cut_in_an_epoch_reaches_its_end(scenes, tmp_path):

@@ -61,6 +61,20 @@ def test_model_card_is_complete(run):
             assert min(picture.size) >= 160
 
 
+def test_a_part_of_one_split_is_evaluated_and_not_trained_on(scenes, tmp_path):
+    pictures = sorted((scenes / "train").glob("*.png"))
+    words = ("--eval-fraction", 0.3, "--batch-size", 1, "--epochs", 1, "--no-augment")
+    output = run_script(arguments(scenes / "train", tmp_path, *words))
+
+    num_held_out = round(0.3 * len(pictures))
+    left = len(pictures) - num_held_out
+    assert f"{left} pictures to train on, {num_held_out} to evaluate on." in output
+    assert len(losses(output)) == left
+    card = ModelCard.load(tmp_path / "best" / "README.md")
+    assert "COCO metrics on the split `30% of train, held out` of" in card.text
+    assert 0 <= read_metrics(tmp_path / "best")["map"] <= 1
+
+
 def fine_tune(checkpoint, dataset, output_dir, *extra):
     """Start from a detector, for one step that changes no weight."""
     words = ["--model", checkpoint, "--dataset", dataset, "--output-dir", output_dir]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from hf_querydet.image_reading import flatten_pictures, read_picture, turn_upright
+from hf_querydet.image_reading import flatten_pictures, read_picture, turn_upright, upright_size
 
 
 def colours(picture, **kwargs):
@@ -113,6 +113,18 @@ def test_exif_orientation_of_an_open_picture_is_applied(tmp_path):
 
     with PIL.Image.open(tmp_path / "picture.png") as picture:
         assert read_picture(picture)[0].tolist() == UPRIGHT[6]
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_upright_size_is_known_before_pixels_are_read(tmp_path, suffix, orientation):
+    path = tmp_path / f"picture.{suffix}"
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    PIL.Image.new("RGB", (7, 5)).save(path, exif=exif)
+
+    with PIL.Image.open(path) as picture:
+        assert upright_size(picture) == turn_upright(picture).size
 
 
 @pytest.mark.parametrize("picture_format", ["png", "webp"])

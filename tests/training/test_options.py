@@ -26,6 +26,12 @@ def parse(*words):
     [
         (["--streaming"], "--streaming needs --max-train-steps"),
         (["--early-stopping", "3", "--eval-split", "none"], "--early-stopping needs an --eval"),
+        (["--eval-fraction", "0.2", "--eval-split", "test"], "not allowed with argument"),
+        (["--eval-fraction", "20"], "--eval-fraction: must be above 0 and below 1, got 20"),
+        (
+            ["--eval-fraction", "0.2", "--streaming", "--max-train-steps", "9"],
+            "--eval-fraction needs the number of pictures",
+        ),
         (["--ema-decay", "1.0"], "--ema-decay must lie between 0 and 1, got 1.0"),
         (["--push-every-epoch"], "--push-every-epoch needs --push-to-hub REPO_ID"),
         (["--hub-token", "hf_secret"], "--hub-token needs --push-to-hub REPO_ID"),

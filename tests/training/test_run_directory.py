@@ -57,6 +57,13 @@ def test_model_set_aside_by_an_interrupted_replacement_is_put_back(tmp_path, mon
     assert (tmp_path / "best" / "value").read_text() == "old"
 
 
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_models_of_another_run_are_not_replaced(tmp_path, name):
+    write_directory(tmp_path / name, write_value("old"))
+    with pytest.raises(FileExistsError, match=f"holds {name} of another run, which would be"):
+        open_run_directory(tmp_path, resume=False)
+
+
 @pytest.mark.parametrize("step", [40, 900, 2000])
 def test_checkpoint_of_another_count_is_the_newest_one(tmp_path, step):
     for old in (900, 1000):
