@@ -135,14 +135,14 @@ class AuthorsFormat:
         config: From the tensors, and the fields that are known from elsewhere, to the fields that
             tensors tell. Raises :class:`CheckpointError` for options that are not offered here.
         arguments: Options of the authors' training script to fields.
-        asks_for_dilation: Models with and without dilation were released, and nothing but the user
-            can tell which a file holds.
+        may_be_dilated: From the fields that tensors tell to whether models with dilation were
+            released beside those without. Tensors do not tell the two apart.
     """
 
     names: Callable[[Any], Names]
     config: Callable[["AuthorsTensors", Mapping[str, Any]], dict[str, Any]]
     arguments: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: AUTHORS_ARGUMENTS)
-    asks_for_dilation: bool = False
+    may_be_dilated: Callable[[Mapping[str, Any]], bool] = lambda told: False
 
 
 class AuthorsTensors(dict[str, Tensor]):

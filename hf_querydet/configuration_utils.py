@@ -83,6 +83,14 @@ class DetectorConfig(PreTrainedConfig):
     # count their stem as a stage and some do not.
     backbone_stages: ClassVar[tuple[int, ...]] = (-1,)
 
+    # Keywords that others are derived from.
+    derived_from: ClassVar[tuple[str, ...]] = (
+        "backbone",
+        "use_timm_backbone",
+        "backbone_kwargs",
+        "dilation",
+        "num_channels",
+    )
     # Models of the variant's paper: what each of them changes of the defaults.
     named_configurations: ClassVar[dict[str, dict[str, Any]]] = {}
     # What the authors print of their sizes: millions of parameters, and billions of multiply-adds
@@ -172,16 +180,9 @@ class DetectorConfig(PreTrainedConfig):
         """Create a configuration; see ``PreTrainedConfig.from_dict``.
 
         transformers sets keywords on the finished object, where nothing would follow from those
-        that others are derived from.
+        that others are derived from, and nothing would check them.
         """
-        derived_from = (
-            "backbone",
-            "use_timm_backbone",
-            "backbone_kwargs",
-            "dilation",
-            "num_channels",
-        )
-        given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
+        given = {name: kwargs.pop(name) for name in cls.derived_from if name in kwargs}
         # transformers writes null for what does not apply, which is not a value of every field.
         config_dict = {name: value for name, value in config_dict.items() if value is not None}
         stored_backbone = config_dict.get("backbone_config")
@@ -193,7 +194,11 @@ class DetectorConfig(PreTrainedConfig):
             id2label = {int(index): name for index, name in kwargs["id2label"].items()}
             kwargs["id2label"] = id2label
             kwargs.setdefault("label2id", {name: index for index, name in id2label.items()})
-        return super().from_dict(config_dict | given, **kwargs)
+        result = super().from_dict(config_dict | given, **kwargs)
+        if kwargs:
+            config = result[0] if isinstance(result, tuple) else result  # with unused keywords
+            config.validate()
+        return result
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve the backbone and the defaults that follow from it."""

@@ -75,9 +75,16 @@ class DetectorPreTrainedModel(PreTrainedModel):
         )
         if not ignores_all:
             cls._check_mismatched_keys(info["mismatched_keys"])
-        # Loading puts new parameters in place of those that were frozen at construction.
-        for module in model.modules():
+        started_anew = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        for name, module in model.named_modules():
             if isinstance(module, Backbone):
+                prefix = f"{name}."
+                # transformers leaves the values of timm's networks to timm.
+                if module.is_timm:
+                    module.reset(
+                        key.removeprefix(prefix) for key in started_anew if key.startswith(prefix)
+                    )
+                # Loading puts new parameters in place of those that were frozen at construction.
                 module.freeze_stages()
         return (model, info) if wants_info else model
 
@@ -242,9 +249,9 @@ class ObjectDetectionMixin:
         """
         raise NotImplementedError(f"{type(self).__name__} must say what its heads predict.")
 
-    def encoder_labels(self, labels: list[dict[str, Tensor]]) -> list[dict[str, Tensor]] | None:
-        """Labels that the encoder's predictions are trained on; None if they are the same."""
-        return None
+    def encoder_labels(self, labels: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Labels that the encoder's predictions, where there are any, are trained on."""
+        return labels
 
     @can_return_tuple
     def forward(
@@ -297,12 +304,11 @@ class ObjectDetectionMixin:
         predictions = self.predict(outputs, 0 if with_auxiliary else num_layers - 1)
         loss, loss_dict = None, None
         if labels is not None:
-            encoder_predictions = outputs.get("encoder_predictions")
             loss, loss_dict = self.criterion(
                 predictions,
                 labels,
-                encoder_predictions=encoder_predictions,
-                encoder_labels=None if encoder_predictions is None else self.encoder_labels(labels),
+                encoder_predictions=outputs.get("encoder_predictions"),
+                encoder_labels=self.encoder_labels,
             )
         auxiliary_outputs = None
         if with_auxiliary:

@@ -123,7 +123,8 @@ def convert_tensors(
         checkpoint: Tensors by their authors' names, and options of their training script.
         variant: Name of the variant, as in ``VARIANTS``.
         dilation: Whether the model has a dilated last stage (DC5), which tensors do not tell. By
-            default what the options in the checkpoint say, else no; Anchor DETR has to be told.
+            default what the options in the checkpoint say. Where they say nothing and models of
+            both kinds were released, it has to be told.
         overrides: Fields of the configuration that are not to be inferred.
         labels: ``"coco"``, or label to name. By default COCO's if there are as many labels as the
             authors' models have.
@@ -191,7 +192,7 @@ def _config(
     named = {}
     if labels is not None or not {"id2label", "num_labels"} & set(overrides):
         named = id2label_for(num_labels, row.config.named_num_labels, labels)
-    overrides["dilation"] = _dilation(checkpoint, row, dilation, overrides)
+    overrides["dilation"] = _dilation(checkpoint, row, dilation, overrides, told)
     try:
         return row.config(**TRAINED_BACKBONE | options | told | overrides | named)
     except StrictDataclassError as error:
@@ -226,13 +227,17 @@ def _checked_overrides(
 
 
 def _dilation(
-    checkpoint: Checkpoint, row: Variant, dilation: bool | None, overrides: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    row: Variant,
+    dilation: bool | None,
+    overrides: Mapping[str, Any],
+    told: Mapping[str, Any],
 ) -> bool:
     for value in (dilation, overrides.get("dilation"), checkpoint.arguments.get("dilation")):
         if value is not None:
             # One of the authors' programs takes it as text.
             return value if isinstance(value, bool) else str(value).lower() == "true"
-    if row.authors.asks_for_dilation:
+    if row.authors.may_be_dilated(told):
         raise CheckpointError(
             "The checkpoint does not say whether its last stage is dilated (DC5, stride 16) or not "
             "(C5, stride 32), and models of both kinds were released; pass --dc5 or --no-dc5."

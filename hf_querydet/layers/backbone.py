@@ -1,6 +1,8 @@
 """The convolutional backbone: timm or transformers, its normalisation, what of it is trained."""
 
 import logging
+from collections import defaultdict
+from collections.abc import Iterable
 
 import timm
 import torch
@@ -30,6 +32,7 @@ class Backbone(nn.Module):
     Attributes:
         body: The wrapped ``AutoBackbone``.
         channels: Channels of each returned feature map.
+        is_timm: Whether it is a network of timm.
 
     Raises:
         ValueError: If stages are to be frozen in an architecture whose stages cannot be told,
@@ -47,12 +50,18 @@ class Backbone(nn.Module):
         self.channels = list(self.body.channels)
         if pretrained and not _on_meta_device(self.body):
             _load_published_weights(self.body)
+        self.is_timm = _is_timm(self.body)
         self.num_frozen_stages = num_frozen_stages
         if norm == "frozen":
             freeze_batch_norm(self.body)
         else:
             freeze_batch_norm(self.body, inside=self._frozen_stages())
         fold_frozen_norms(self.body, config.num_channels)
+        if not _on_meta_device(self.body):
+            # transformers gives first values to modules without this mark, and those that have
+            # just taken the place of others lack it.
+            for module in self.body.modules():
+                module._is_hf_initialized = True
         self.freeze_stages()
 
     def freeze_stages(self) -> None:
@@ -62,6 +71,31 @@ class Backbone(nn.Module):
         """
         for module in self._frozen_stages():
             module.requires_grad_(False)
+
+    def reset(self, keys: Iterable[str]) -> None:
+        """Give tensors new first values, for those that a checkpoint lacks.
+
+        Args:
+            keys: Their names, from this module on.
+
+        Raises:
+            ValueError: If one belongs to a module that does not know its first values.
+        """
+        keys_of_modules = defaultdict(set)
+        for key in keys:
+            module_name, _, name = key.rpartition(".")
+            keys_of_modules[module_name].add(name)
+        for module_name, names in keys_of_modules.items():
+            module = self.get_submodule(module_name)
+            if not hasattr(module, "reset_parameters"):
+                raise ValueError(
+                    f"The checkpoint lacks {', '.join(sorted(names))} of the backbone's "
+                    f"{module_name}, and {type(module).__name__} does not say how they start; "
+                    "complete the checkpoint, or start a new detector."
+                )
+            kept = {name: v.clone() for name, v in module.state_dict().items() if name not in names}
+            module.reset_parameters()
+            module.load_state_dict(kept, strict=False)
 
     def forward(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None

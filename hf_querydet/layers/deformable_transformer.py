@@ -12,6 +12,7 @@ from hf_querydet.layers.dropout import Dropout
 from hf_querydet.layers.feature_levels import reference_grid
 from hf_querydet.layers.feed_forward import FeedForward
 from hf_querydet.layers.projection import LevelFeatures
+from hf_querydet.layers.transformer import encode
 
 
 class DeformableTransformerEncoderLayer(GradientCheckpointingLayer):
@@ -100,30 +101,25 @@ def encode_levels(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Run the encoder.
 
-    With thousands of tokens, states and weights fill the memory; they are kept for who asks.
-
     Args:
         layers: In their order.
         features: Tokens of all levels, and where they are.
-        keep_states: Return the tokens before and after each layer.
-        keep_weights: Return the attention weights of each layer.
+        keep_states: See :func:`~hf_querydet.layers.transformer.encode`.
+        keep_weights: As above.
 
     Returns:
-        The memory, (batch, num_tokens, hidden_size); the states, and the weights, each an empty
-        list if it is not kept.
+        As above.
     """
-    memory = features.tokens
-    states, all_weights = [memory] if keep_states else [], []
-    grid = reference_grid(features.spatial_shapes, features.valid_ratios)
-    for layer in layers:
-        memory, weights = layer(
-            memory, features.positions, grid, features.spatial_shapes, features.padding_mask
-        )
-        if keep_states:
-            states.append(memory)
-        if keep_weights:
-            all_weights.append(weights)
-    return memory, states, all_weights
+    return encode(
+        layers,
+        features.tokens,
+        features.positions,
+        reference_grid(features.spatial_shapes, features.valid_ratios),
+        features.spatial_shapes,
+        features.padding_mask,
+        keep_states=keep_states,
+        keep_weights=keep_weights,
+    )
 
 
 class DeformableTransformerDecoderLayer(GradientCheckpointingLayer):

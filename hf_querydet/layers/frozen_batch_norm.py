@@ -43,6 +43,11 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
+    def reset_parameters(self) -> None:
+        """Start as a norm that changes nothing."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(0.0 if name in ("bias", "running_mean") else 1.0)
+
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "FrozenBatchNorm2d":
         """Freeze a batch norm with the values that it has now."""

@@ -111,11 +111,12 @@ def ring_offsets(module: "MultiScaleDeformableAttention") -> Tensor:
         (num_heads * num_levels * num_points * 2,), in cells, on the device of the layer's bias.
     """
     bias = module.sampling_offsets.bias
-    heads = torch.arange(module.num_heads, dtype=torch.float64, device=bias.device)
+    # On the CPU, because some devices have no float64.
+    heads = torch.arange(module.num_heads, dtype=torch.float64, device="cpu")
     angles = heads * (2.0 * math.pi / module.num_heads)
     directions = torch.stack([angles.cos(), angles.sin()], -1)
     directions = directions / directions.abs().amax(-1, keepdim=True)
-    steps = torch.arange(1, module.num_points + 1, dtype=torch.float64, device=bias.device)
+    steps = torch.arange(1, module.num_points + 1, dtype=torch.float64, device="cpu")
     # (heads, levels, points, 2)
     offsets = directions[:, None, None] * steps[:, None]
-    return offsets.expand(-1, module.num_levels, -1, -1).flatten().to(bias.dtype)
+    return offsets.expand(-1, module.num_levels, -1, -1).flatten().to(bias)

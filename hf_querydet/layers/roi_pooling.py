@@ -1,5 +1,7 @@
 """Features of boxes: which level of a pyramid a box reads, and RoIAlign on it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,27 @@ from hf_querydet.ops.multilevel_roi_align import multilevel_roi_align
 CANONICAL_SIZE = 224
 CANONICAL_LEVEL = 4
 NO_LEVEL = -1
+
+
+def check_strides(maps: Sequence[Tensor], canvas: Tensor, *, strides: Sequence[int]) -> None:
+    """Raise unless the backbone's maps have the strides that regions are looked for at.
+
+    Args:
+        maps: (batch, channels, height, width) each, fine to coarse.
+        canvas: What they were made of, (batch, channels, height, width), divisible by all strides.
+        strides: That are needed, in pixels.
+
+    Raises:
+        ValueError: If there are maps of other strides, or not as many.
+    """
+    height, width = canvas.shape[-2:]
+    sizes = [tuple(features.shape[-2:]) for features in maps]
+    if sizes != [(height // stride, width // stride) for stride in strides]:
+        raise ValueError(
+            f"The backbone must give maps of strides {list(strides)}, got maps of {sizes} cells "
+            f"for pictures of {(height, width)} pixels; set out_indices of backbone_config to "
+            "those stages, and do not dilate it."
+        )
 
 
 def assign_levels(boxes_xyxy: Tensor, *, finest_level: int, coarsest_level: int) -> Tensor:

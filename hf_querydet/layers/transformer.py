@@ -1,4 +1,7 @@
-"""The encoder layer that DETR and Conditional DETR share."""
+"""The encoder layer that DETR and Conditional DETR share, and the way through such layers."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -74,3 +77,36 @@ class TransformerEncoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = self.self_attention_norm(hidden_states + self.dropout(update))
         return self.feed_forward(hidden_states), weights
+
+
+def encode(
+    layers: Iterable[nn.Module],
+    tokens: Tensor,
+    *inputs: Any,
+    keep_states: bool,
+    keep_weights: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run the layers of an encoder.
+
+    With thousands of tokens, states and weights fill the memory; they are kept for who asks.
+
+    Args:
+        layers: In their order. Each takes the tokens and ``inputs``, and returns the new tokens and
+            the attention weights.
+        tokens: (batch, num_tokens, hidden_size).
+        inputs: What every layer takes beside the tokens.
+        keep_states: Return the tokens before and after each layer.
+        keep_weights: Return the attention weights of each layer.
+
+    Returns:
+        The memory, (batch, num_tokens, hidden_size); the states, and the weights, each an empty
+        list if it is not kept.
+    """
+    states, all_weights = [tokens] if keep_states else [], []
+    for layer in layers:
+        tokens, weights = layer(tokens, *inputs)
+        if keep_states:
+            states.append(tokens)
+        if keep_weights:
+            all_weights.append(weights)
+    return tokens, states, all_weights

@@ -180,7 +180,7 @@ class SetCriterion:
         labels: Labels,
         *,
         encoder_predictions: SetPredictions | None = None,
-        encoder_labels: Labels | None = None,
+        encoder_labels: Callable[[Labels], Labels] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss.
 
@@ -189,7 +189,8 @@ class SetCriterion:
             labels: A mapping per picture with ``class_labels`` (targets,) and ``boxes`` (targets,
                 4), normalised cxcywh.
             encoder_predictions: Of a two-stage detector's encoder, one layer.
-            encoder_labels: What these are matched to, if not ``labels``.
+            encoder_labels: Makes what these are matched to of ``labels``, once those are checked;
+                None if they are the same.
 
         Returns:
             The weighted sum, and the unweighted terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` of
@@ -200,14 +201,14 @@ class SetCriterion:
             ValueError: If labels have the wrong form, a class out of range, or a box that is not
                 normalised.
         """
-        encoder_labels = labels if encoder_labels is None else encoder_labels
         # Mixed precision would take the costs and the losses to half precision.
         with torch.autocast(predictions.logits.device.type, enabled=False):
             num_layers = len(predictions.logits)
             suffixes = [*(f"_{layer}" for layer in range(num_layers - 1)), ""]
             groups = [_Group.build(predictions, labels, suffixes)]
             if encoder_predictions is not None:
-                groups.append(_Group.build(encoder_predictions, encoder_labels, ["_enc"]))
+                own_labels = labels if encoder_labels is None else encoder_labels(labels)
+                groups.append(_Group.build(encoder_predictions, own_labels, ["_enc"]))
             matches, counts = self._match(groups)
             num_boxes, *normalizers = self._normalizers(counts, predictions.logits.device)
 

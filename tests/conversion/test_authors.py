@@ -294,6 +294,7 @@ def test_settings_follow_the_options_of_the_training_script():
         "set_cost_class": 3.0,
         "bbox_loss_coef": 4,
         "eos_coef": 0.2,
+        "dilation": False,
         "lr": 1e-4,
     }
     checkpoint = Checkpoint(AuthorsTensors(tensors_of("detr")), options)
@@ -317,7 +318,6 @@ def test_backbone_is_frozen_as_it_was_trained():
         (None, {"dilation": True}, True),
         (None, {"dilation": "True"}, True),
         (None, {"dilation": "false"}, False),
-        (None, {}, False),
     ],
 )
 def test_dilation_is_that_of_the_flag_else_of_the_options(dilation, options, expected):
@@ -325,13 +325,22 @@ def test_dilation_is_that_of_the_flag_else_of_the_options(dilation, options, exp
     assert conversion.model.config.dilation is expected
 
 
-def test_anchor_detr_asks_for_dilation():
+@pytest.mark.parametrize("variant", ["detr", "conditional_detr", "anchor_detr"])
+def test_where_both_were_released_dilation_must_be_known(variant):
     with pytest.raises(CheckpointError, match="pass --dc5 or --no-dc5"):
-        convert("anchor_detr", tensors_of("anchor_detr"), dilation=None)
-    conversion = convert(
-        "anchor_detr", tensors_of("anchor_detr"), {"dilation": True}, dilation=None
-    )
+        convert(variant, tensors_of(variant), dilation=None)
+    conversion = convert(variant, tensors_of(variant), {"dilation": True}, dilation=None)
     assert conversion.model.config.backbone_config.output_stride == 16
+
+
+def test_only_single_scale_models_may_be_dilated():
+    config = convert("deformable_detr", tensors_of("deformable_detr"), dilation=None).model.config
+    assert config.num_feature_levels > 1
+    assert not config.dilation
+    assert VARIANTS["deformable_detr"].authors.may_be_dilated({"num_feature_levels": 1})
+    assert not convert(
+        "sparse_rcnn", tensors_of("sparse_rcnn"), dilation=None
+    ).model.config.dilation
 
 
 def test_fields_can_be_overridden():
@@ -528,7 +537,7 @@ def test_nothing_is_left_of_a_conversion_that_failed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(VARIANTS["detr"].image_processor, "save_pretrained", fail)
     with pytest.raises(OSError, match="no space left"):
-        convert_checkpoint(tmp_path / "bare.pth", tmp_path / "out", "detr")
+        convert_checkpoint(tmp_path / "bare.pth", tmp_path / "out", "detr", dilation=False)
     assert [path.name for path in tmp_path.iterdir()] == ["bare.pth"]
 
 

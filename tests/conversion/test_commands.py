@@ -71,7 +71,7 @@ def test_wrong_labels_are_told_plainly(name, content, message, checkpoint, tmp_p
 
 def test_names_can_be_given_by_label(checkpoint, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps({"2": "cat", "0": "ant"}))
-    options = ("--labels", tmp_path / "names.json")
+    options = ("--no-dc5", "--labels", tmp_path / "names.json")
     result = run("convert", checkpoint, tmp_path / "out", "--variant", "detr", *options)
     assert "labels: 3, 2 with a name (ant, cat, ...)" in result.output
 
@@ -107,7 +107,7 @@ def assert_refused(result, message, tmp_path):
 
 def test_what_could_not_be_pushed_is_on_the_disk(checkpoint, tmp_path):
     # Tests have no network.
-    options = ("--push-to-hub", "someone/detr")
+    options = ("--no-dc5", "--push-to-hub", "someone/detr")
     result = run("convert", checkpoint, tmp_path / "out", "--variant", "detr", *options)
     assert result.exit_code == 1
     assert "Cannot push to someone/detr: " in result.output

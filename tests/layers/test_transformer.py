@@ -1,10 +1,12 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_querydet.layers.attention import attention_mask_from_padding
-from hf_querydet.layers.transformer import TransformerEncoderLayer
+from hf_querydet.layers.transformer import TransformerEncoderLayer, encode
 
 HIDDEN, HEADS, INNER = 12, 3, 10
 
@@ -99,3 +101,26 @@ def test_attention_and_activation_dropout_reach_their_places():
     hidden_states = layer.self_attention_norm(tokens + layer.self_attention.out_proj.bias)
     expected = layer.feed_forward.norm(hidden_states + layer.feed_forward.contract.bias)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("keep_states", "keep_weights"), [(False, False), (True, False), (False, True)]
+)
+def test_states_and_weights_are_kept_for_who_asks(keep_states, keep_weights):
+    made = []
+
+    def layer(tokens, added):
+        # Those of the layers before, as far as something holds them.
+        alive = [[ref() is not None for ref in refs] for refs in made[:-1]]
+        assert alive == [[keep_states, keep_weights]] * len(alive)
+        result = tokens + added, torch.zeros(2)
+        made.append([weakref.ref(tensor) for tensor in result])
+        return result
+
+    memory, states, weights = encode(
+        [layer] * 4, torch.zeros(3), 1.0, keep_states=keep_states, keep_weights=keep_weights
+    )
+
+    assert memory.tolist() == [4.0] * 3
+    assert [state[0].item() for state in states] == ([0, 1, 2, 3, 4] if keep_states else [])
+    assert len(weights) == (4 if keep_weights else 0)

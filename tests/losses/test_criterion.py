@@ -167,7 +167,7 @@ def test_encoder_predictions_are_matched_to_labels_of_their_own(classification):
         predictions,
         labels,
         encoder_predictions=encoder_predictions,
-        encoder_labels=encoder_labels,
+        encoder_labels=lambda _: encoder_labels,
     )
 
     assert_loss(result, expected)
@@ -187,7 +187,7 @@ def test_focal_classification_of_the_encoder_is_divided_by_its_own_objects():
         predictions,
         labels,
         encoder_predictions=encoder_predictions,
-        encoder_labels=encoder_labels,
+        encoder_labels=lambda _: encoder_labels,
     )
 
     assert loss_dict["loss_ce_enc"].item() == pytest.approx(expected["loss_ce_enc"], rel=1e-5)
@@ -513,7 +513,7 @@ def test_labels_of_the_encoder_are_checked_too():
             predictions,
             random_labels(1, 0, 2),
             encoder_predictions=predictions,
-            encoder_labels=wrong,
+            encoder_labels=lambda _: wrong,
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import send_to_device
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny import (
     NUM_LABELS,
     TINY_CONFIGS,
@@ -490,6 +491,19 @@ def test_label_out_of_range_is_named(name):
     labels[1]["class_labels"] = torch.tensor([NUM_LABELS])
     with pytest.raises(ValueError, match=rf"labels\[1\].*is {NUM_LABELS}.*has {NUM_LABELS} labels"):
         build(name)(**tiny_batch(), labels=labels)
+
+
+def test_label_without_classes_is_named(name):
+    labels = tiny_labels()
+    del labels[1]["class_labels"]
+    with pytest.raises(ValueError, match=r"labels\[1\] has no 'class_labels'"):
+        build(name)(**tiny_batch(), labels=labels)
+
+
+def test_keywords_of_loading_are_checked_as_those_of_a_new_configuration(name, tmp_path):
+    build(name).config.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassClassValidationError, match="activation_function must be"):
+        VARIANTS[name].config.from_pretrained(tmp_path, activation_function="rleu")
 
 
 def test_pipeline_detects_without_complaint(name, tmp_path, caplog):

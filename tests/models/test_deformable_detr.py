@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest, uniform
 from tiny import (
@@ -630,6 +631,13 @@ def test_half_precision_trains_with_float32_boxes(kind, dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_label_without_classes_is_named_in_two_stage():
+    labels = tiny_labels()
+    del labels[1]["class_labels"]
+    with pytest.raises(ValueError, match=r"labels\[1\] has no 'class_labels'"):
+        build("two-stage")(**tiny_batch(), labels=labels)
+
+
 def test_saved_two_stage_detector_gives_equal_outputs(tmp_path):
     model = perturb(build("two-stage"))
     model.save_pretrained(tmp_path)
@@ -703,6 +711,11 @@ def test_number_of_queries_follows_the_proposals(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = DeformableDETRConfig.from_pretrained(tmp_path, two_stage_num_proposals=20)
     assert (loaded.num_queries, loaded.two_stage_num_proposals) == (20, 20)
+    with pytest.raises(
+        StrictDataclassClassValidationError,
+        match="num_queries is 20, but with two_stage=True it follows",
+    ):
+        DeformableDETRConfig.from_pretrained(tmp_path, num_queries=20)
     assert DeformableDETRConfig(two_stage_num_proposals=50).num_queries == 300
 
 
@@ -722,8 +735,6 @@ def test_number_of_queries_follows_the_proposals(tmp_path):
     ],
 )
 def test_fields_that_do_not_fit_are_an_error(options, message):
-    from huggingface_hub.errors import StrictDataclassClassValidationError
-
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         DeformableDETRConfig(**options)
 

@@ -356,7 +356,7 @@ def test_memory_is_what_the_last_encoder_layer_returns():
 )
 def test_stages_of_other_strides_are_an_error(stages):
     model = build(backbone_config={**TINY_BACKBONE, "out_indices": stages})
-    message = r"feature_levels='p3-p7' needs maps of the backbone with strides \[8, 16, 32\], got "
+    message = r"The backbone must give maps of strides \[8, 16, 32\], got "
     with pytest.raises(ValueError, match=message + r".*\(96, 128\) pixels; set out_indices"):
         model(**tiny_batch())
 

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from scipy.stats import kstest, norm, uniform
 from torch import Tensor
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_querydet.models.detr.configuration_detr import DETRConfig
 from hf_querydet.models.detr.modeling_detr import DETRForObjectDetection
@@ -156,6 +159,81 @@ def test_published_weights_survive_the_initialisation_of_the_model(tmp_path):
     assert len(loaded) > 50
     for name, value in loaded.items():
         assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_published_weights_of_transformers_survive_it_too(tmp_path, norm):
+    published = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])
+    )
+    for module in published.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean)
+    published.save_pretrained(tmp_path)
+    config = tiny_config(
+        backbone=str(tmp_path),
+        use_timm_backbone=False,
+        use_pretrained_backbone=True,
+        backbone_norm=norm,
+    )
+
+    model = DETRForObjectDetection(config)
+
+    weights = published.resnet.state_dict()
+    loaded = model.model.backbone.body.state_dict()
+    assert len(loaded) > 30
+    for name, value in loaded.items():
+        assert torch.equal(value, weights[name]), name
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """Uninitialised memory that shows."""
+    empty_like = torch.empty_like
+
+    def filled(*args, **kwargs):
+        tensor = empty_like(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty_like", filled)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_tensors_of_the_backbone_that_a_file_lacks_get_first_values(tmp_path, nan_memory, norm):
+    model = DETRForObjectDetection(tiny_config(backbone_norm=norm))
+    model.config.save_pretrained(tmp_path)
+    weights = model.state_dict()
+    body = "model.backbone.body._backbone."
+    missing = {
+        f"{body}conv1.0.weight",
+        f"{body}bn1.running_var",
+        f"{body}bn1.bias",
+        f"{body}layer2.0.conv1.weight",
+    }
+    kept = {name: value + 1 for name, value in weights.items() if name not in missing}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    loaded = DETRForObjectDetection.from_pretrained(tmp_path).state_dict()
+
+    assert loaded[f"{body}bn1.running_var"].eq(1).all()
+    assert loaded[f"{body}bn1.bias"].eq(0).all()
+    assert_uniform(
+        loaded[f"{body}conv1.0.weight"], weights[f"{body}conv1.0.weight"][0].numel() ** -0.5
+    )
+    for name, value in kept.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_backbone_for_other_channels_starts_anew_on_request(tmp_path, nan_memory):
+    DETRForObjectDetection(tiny_config()).save_pretrained(tmp_path)
+
+    model = DETRForObjectDetection.from_pretrained(
+        tmp_path, num_channels=4, ignore_mismatched_sizes=True
+    )
+
+    weight = model.model.backbone.body._backbone.conv1[0].weight
+    assert weight.shape[1] == 4
+    assert_uniform(weight, weight[0].numel() ** -0.5)
 
 
 def test_loading_a_model_does_not_load_published_weights(tmp_path):

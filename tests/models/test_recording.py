@@ -64,6 +64,15 @@ def test_recording_changes_no_output(name, changes, attention):
         torch.testing.assert_close(recorded[name], expected, rtol=0, atol=0)
 
 
+def test_recording_draws_no_dropout_of_its_own():
+    model = build("anchor_detr", {"attention_dropout": 0.5}).train()
+    outputs = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        outputs.append(model(**tiny_batch(), output_recording=recorded))
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
 @every_case
 def test_recorded_predictions_are_those_of_every_layer(name, changes):
     model, batch = build(name, changes), tiny_batch()

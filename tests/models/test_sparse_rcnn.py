@@ -205,6 +205,14 @@ def test_levels_end_at_stride_32(stages, finest_level):
     assert sides == [128 // 2 ** (finest_level + i) for i in range(len(channels))]
 
 
+@pytest.mark.parametrize("stages", [[1, 2, 3], [1, 3, 4]], ids=["too fine", "with a gap"])
+def test_stages_of_other_strides_are_an_error(stages):
+    model = build(backbone_config={**TINY_BACKBONE, "out_indices": stages})
+    message = r"must give maps of strides \[8, 16, 32\], got .*\(64, 128\) pixels; set out_indices"
+    with pytest.raises(ValueError, match=message):
+        forward(model, pixel_values=torch.randn(1, 3, 64, 128))
+
+
 # Loss
 
 

@@ -108,5 +108,5 @@ AUTHORS = AuthorsFormat(
     config=authors_config,
     # Of a grid no tensor tells the size.
     arguments={**AUTHORS_ARGUMENTS, "num_query_position": ("num_query_positions",)},
-    asks_for_dilation=True,
+    may_be_dilated=lambda told: True,
 )

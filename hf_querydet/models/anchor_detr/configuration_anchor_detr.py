@@ -12,6 +12,8 @@ ATTENTION_TYPES = ("row_column", "full")
 NUMBERS_OF_LEVELS = (1, 3)
 # Of the group normalisation of every level.
 NUM_GROUPS = 32
+# What the number of queries follows from.
+FACTORS = ("num_query_positions", "num_query_patterns", "spatial_prior")
 
 
 @strict
@@ -76,6 +78,12 @@ class AnchorDETRConfig(DetectorConfig):
     published_sizes: ClassVar[dict[str, tuple[float | None, float | None]]] = {
         "r50-dc5": (None, 172),
     }
+    derived_from: ClassVar[tuple[str, ...]] = (
+        *DetectorConfig.derived_from,
+        "num_feature_levels",
+        "num_queries",
+        *FACTORS,
+    )
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "anchor_points",
@@ -114,17 +122,10 @@ class AnchorDETRConfig(DetectorConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Create a configuration; see :meth:`DetectorConfig.from_dict`."""
-        derived_from = (
-            "num_feature_levels",
-            "num_query_positions",
-            "num_query_patterns",
-            "spatial_prior",
-            "num_queries",
-        )
-        given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
-        # The stored product belongs to the stored factors.
-        stored = {name: v for name, v in config_dict.items() if name != "num_queries" or not given}
-        return super().from_dict(stored | given, **kwargs)
+        if any(name in kwargs for name in FACTORS):
+            # The stored product belongs to the stored factors.
+            config_dict = {name: v for name, v in config_dict.items() if name != "num_queries"}
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """See :class:`DetectorConfig`."""

@@ -3,6 +3,8 @@
 Row-column attention itself is in :mod:`hf_querydet.models.anchor_detr.row_column_attention`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -137,16 +139,15 @@ class RowColumnCrossAttention(nn.Module):
             update = self.level_merge(update)
         return update, row_weights, column_weights
 
-    @torch.no_grad()
     def record(
-        self, map_shape: tuple[int, int, int], *queries_and_picture: Tensor | None
+        self,
+        map_shape: tuple[int, int, int],
+        weights: Sequence[Tensor],
+        *queries_and_picture: Tensor | None,
     ) -> RowColumnRecord:
-        """Where the queries look; takes what :meth:`forward` takes, after the shape of the map."""
-        _, row_weights, column_weights = self(*queries_and_picture)
-        return RowColumnRecord(
-            row_weights.unflatten(0, (-1, map_shape[0])),
-            column_weights.unflatten(0, (-1, map_shape[0])),
-        )
+        """Where the queries look: the weights that :meth:`forward` returned, for each level."""
+        rows, columns = (each.detach().unflatten(0, (-1, map_shape[0])) for each in weights)
+        return RowColumnRecord(rows, columns)
 
 
 class FullCrossAttention(nn.Module):
@@ -178,13 +179,17 @@ class FullCrossAttention(nn.Module):
     def record(
         self,
         map_shape: tuple[int, int, int],
+        weights: Sequence[Tensor | None],
         object_queries: Tensor,
         query_position_embeddings: Tensor,
         memory_with_positions: Tensor,
         memory: Tensor,
         memory_mask: Tensor | None = None,
     ) -> DotProductRecord:
-        """Where the queries look; takes what :meth:`forward` takes, after the shape of the map."""
+        """Where the queries look: what the weights, which not all implementations return, are of.
+
+        Takes what :meth:`forward` takes, after the shape of the map and what it returned.
+        """
         query, key = self.attention.project(
             object_queries + query_position_embeddings, memory_with_positions
         )
@@ -247,7 +252,9 @@ class AnchorDETRDecoderLayer(GradientCheckpointingLayer):
         update, *cross_weights = self.cross_attention(object_queries, *picture)
         record = None
         if record_shape is not None:
-            record = self.cross_attention.record(record_shape, object_queries, *picture)
+            record = self.cross_attention.record(
+                record_shape, cross_weights, object_queries, *picture
+            )
         object_queries = self.cross_attention_norm(object_queries + self.dropout(update))
         # Feed-forward
         return self.feed_forward(object_queries), record, self_weights, *cross_weights

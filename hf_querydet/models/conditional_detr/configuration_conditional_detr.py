@@ -87,10 +87,6 @@ class ConditionalDETRConfig(DetectorConfig):
     position_embedding_type: str = "sine"
     focal_alpha: float | int = 0.25
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """See :class:`DetectorConfig`."""
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self) -> None:
         """Check the fields against one another.
 

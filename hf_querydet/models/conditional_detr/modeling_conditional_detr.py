@@ -31,7 +31,7 @@ from hf_querydet.layers.position_embedding import (
     sine_features,
 )
 from hf_querydet.layers.projection import project_map
-from hf_querydet.layers.transformer import TransformerEncoderLayer
+from hf_querydet.layers.transformer import TransformerEncoderLayer, encode
 from hf_querydet.losses import FocalClassification
 from hf_querydet.modeling_utils import (
     DetectorPreTrainedModel,
@@ -266,11 +266,14 @@ class ConditionalDETRModel(ConditionalDETRPreTrainedModel):
         memory_mask = features.attention_mask
 
         # Encoder
-        encoder_states, encoder_attentions = [memory], []
-        for layer in self.encoder_layers:
-            memory, weights = layer(memory, positions, memory_mask)
-            encoder_states.append(memory)
-            encoder_attentions.append(weights)
+        memory, encoder_states, encoder_attentions = encode(
+            self.encoder_layers,
+            memory,
+            positions,
+            memory_mask,
+            keep_states=output_hidden_states,
+            keep_weights=output_attentions,
+        )
 
         # Queries: content starts at zero, a query's identity and its reference point come from its
         # position embedding

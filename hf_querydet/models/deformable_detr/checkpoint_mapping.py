@@ -133,6 +133,7 @@ AUTHORS = AuthorsFormat(
     config=authors_config,
     # Two-stage files have no tensor of this length.
     arguments={**AUTHORS_ARGUMENTS, "num_queries": ("two_stage_num_proposals",)},
+    may_be_dilated=lambda told: told["num_feature_levels"] == 1,
 )
 
 

@@ -91,6 +91,12 @@ class DeformableDETRConfig(DetectorConfig):
         "r50-refine": (41, 173),
         "r50-two-stage": (41, 173),
     }
+    derived_from: ClassVar[tuple[str, ...]] = (
+        *DetectorConfig.derived_from,
+        "num_feature_levels",
+        "two_stage",
+        "two_stage_num_proposals",
+    )
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "intermediate_boxes",
@@ -124,13 +130,6 @@ class DeformableDETRConfig(DetectorConfig):
     def backbone_stages(self) -> tuple[int, ...]:
         """Stages that the levels are made of, counted from the last."""
         return tuple(range(-min(max(self.num_feature_levels, 1), MAX_BACKBONE_STAGES), 0))
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Create a configuration; see :meth:`DetectorConfig.from_dict`."""
-        derived_from = ("num_feature_levels", "two_stage", "two_stage_num_proposals")
-        given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
-        return super().from_dict(config_dict | given, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """See :class:`DetectorConfig`."""
@@ -167,5 +166,10 @@ class DeformableDETRConfig(DetectorConfig):
             raise ValueError(
                 "two_stage=True needs with_box_refine=True: the decoder starts from boxes, which "
                 "its layers refine; got with_box_refine=False."
+            )
+        if self.two_stage and self.num_queries != self.two_stage_num_proposals:
+            raise ValueError(
+                f"num_queries is {self.num_queries}, but with two_stage=True it follows from "
+                f"two_stage_num_proposals = {self.two_stage_num_proposals}; set that instead."
             )
         self.check_choice("position_embedding_type", POSITION_EMBEDDING_TYPES)

@@ -52,4 +52,6 @@ def authors_config(tensors: AuthorsTensors, known: Mapping[str, Any]) -> dict[st
     return {**detr_fields(tensors), "num_labels": tensors.size("class_embed.weight") - 1}
 
 
-AUTHORS = AuthorsFormat(names=lambda config: AUTHORS_NAMES, config=authors_config)
+AUTHORS = AuthorsFormat(
+    names=lambda config: AUTHORS_NAMES, config=authors_config, may_be_dilated=lambda told: True
+)

@@ -83,10 +83,6 @@ class DETRConfig(DetectorConfig):
     position_embeddings_at: str = "attention"
     eos_coefficient: float | int = 0.1
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """See :class:`DetectorConfig`."""
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self) -> None:
         """Check the fields against one another.
 

@@ -20,7 +20,7 @@ from hf_querydet.layers.position_embedding import (
     add_positions,
 )
 from hf_querydet.layers.projection import project_map
-from hf_querydet.layers.transformer import TransformerEncoderLayer
+from hf_querydet.layers.transformer import TransformerEncoderLayer, encode
 from hf_querydet.losses import SoftmaxClassification
 from hf_querydet.modeling_utils import (
     DetectorPreTrainedModel,
@@ -189,11 +189,14 @@ class DETRModel(DETRPreTrainedModel):
             object_queries, query_positions = query_positions, None
 
         # Encoder
-        encoder_states, encoder_attentions = [memory], []
-        for layer in self.encoder_layers:
-            memory, weights = layer(memory, positions, memory_mask)
-            encoder_states.append(memory)
-            encoder_attentions.append(weights)
+        memory, encoder_states, encoder_attentions = encode(
+            self.encoder_layers,
+            memory,
+            positions,
+            memory_mask,
+            keep_states=output_hidden_states,
+            keep_weights=output_attentions,
+        )
 
         # Decoder
         memory_with_positions = add_positions(memory, positions)

@@ -141,6 +141,11 @@ class DynamicDETRConfig(DetectorConfig):
         return int(self.feature_levels[1])
 
     @property
+    def backbone_strides(self) -> list[int]:
+        """Strides of the maps that the backbone must give, in pixels."""
+        return [stride for stride in (4, 8, 16, COARSEST_STRIDE) if stride >= 2**self.finest_level]
+
+    @property
     def filter_channels(self) -> tuple[int, ...]:
         """Channels after each of the convolutions whose filters a query generates."""
         if self.dynamic_mode == "single":

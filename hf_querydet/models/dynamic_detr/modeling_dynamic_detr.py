@@ -29,7 +29,7 @@ from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
-from hf_querydet.layers.roi_pooling import level_strides, pool_regions
+from hf_querydet.layers.roi_pooling import check_strides, level_strides, pool_regions
 from hf_querydet.losses import FocalClassification, SoftmaxClassification
 from hf_querydet.modeling_utils import (
     DetectorPreTrainedModel,
@@ -297,7 +297,7 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
         # Features: five levels (batch, d_model, h, w), fine to coarse
         canvas = pad_canvas(pixel_values, multiple=COARSEST_STRIDE)
         maps = [features for features, _ in self.backbone(canvas)]
-        self._check_strides(maps, canvas)
+        check_strides(maps, canvas, strides=self.config.backbone_strides)
         levels = self.feature_pyramid(maps)
 
         # Encoder
@@ -344,19 +344,6 @@ class DynamicDETRModel(DynamicDETRPreTrainedModel):
             intermediate_boxes=torch.stack(layer_boxes),
             layer_records=tuple(layer_records) if output_recording else None,
         )
-
-    def _check_strides(self, maps: list[Tensor], canvas: Tensor) -> None:
-        """Boxes would be looked for in the wrong places if the strides were others."""
-        strides = [2 ** (self.config.finest_level + i) for i in range(len(maps))]
-        sizes = [tuple(features.shape[-2:]) for features in maps]
-        height, width = canvas.shape[-2:]
-        if strides[-1] != COARSEST_STRIDE or sizes != [(height // s, width // s) for s in strides]:
-            wanted = [s for s in (4, 8, 16, 32) if s >= 2**self.config.finest_level]
-            raise ValueError(
-                f"feature_levels={self.config.feature_levels!r} needs maps of the backbone with "
-                f"strides {wanted}, got maps of {sizes} cells for pictures of {(height, width)} "
-                "pixels; set out_indices of backbone_config to those stages, and do not dilate it."
-            )
 
 
 class DynamicDETRForObjectDetection(ObjectDetectionMixin, DynamicDETRPreTrainedModel):

@@ -83,6 +83,10 @@ class EfficientDETRConfig(DetectorConfig):
         "r50-6-encoder-layers": (35, 210),
         "r101-6-encoder-layers": (54, 289),
     }
+    derived_from: ClassVar[tuple[str, ...]] = (
+        *DetectorConfig.derived_from,
+        "num_feature_levels",
+    )
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *DetectorConfig.keys_to_ignore_at_inference,
         "intermediate_boxes",
@@ -123,17 +127,6 @@ class EfficientDETRConfig(DetectorConfig):
     def has_dense_part(self) -> bool:
         """Whether anything starts from the encoder's own predictions."""
         return "dense" in (self.reference_point_init, self.query_init)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Create a configuration; see :meth:`DetectorConfig.from_dict`."""
-        derived_from = ("num_feature_levels",)
-        given = {name: kwargs.pop(name) for name in derived_from if name in kwargs}
-        return super().from_dict(config_dict | given, **kwargs)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """See :class:`DetectorConfig`."""
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Check the fields against one another.

@@ -94,10 +94,6 @@ class SparseRCNNConfig(DetectorConfig):
     focal_alpha: float | int = 0.25
     eos_coefficient: float | int = 0.1
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """See :class:`DetectorConfig`."""
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self) -> None:
         """Check the fields against one another.
 

@@ -27,7 +27,7 @@ from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
 from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
-from hf_querydet.layers.roi_pooling import level_strides, pool_regions
+from hf_querydet.layers.roi_pooling import check_strides, level_strides, pool_regions
 from hf_querydet.losses import FocalClassification, SoftmaxClassification
 from hf_querydet.modeling_utils import (
     DetectorPreTrainedModel,
@@ -211,11 +211,13 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
             num_frozen_stages=config.frozen_backbone_stages,
         )
         channels = self.backbone.channels
+        finest_level = COARSEST_LEVEL - len(channels) + 1
+        self.strides = [2**level for level in range(finest_level, COARSEST_LEVEL + 1)]
         self.feature_pyramid = FeaturePyramid(in_channels=channels, hidden_size=config.d_model)
         self.proposal_boxes = nn.Embedding(config.num_queries, 4)  # cxcywh of the picture
         self.proposal_features = nn.Embedding(config.num_queries, config.d_model)
         self.stages = nn.ModuleList(
-            DynamicInstanceInteractiveHead(config, finest_level=COARSEST_LEVEL - len(channels) + 1)
+            DynamicInstanceInteractiveHead(config, finest_level=finest_level)
             for _ in range(config.decoder_layers)
         )
         self.post_init()
@@ -242,6 +244,10 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
             output_recording: Return what each decoder layer starts from and looks at, see
                 :mod:`hf_querydet.recording`.
             kwargs: Of the ecosystem's trainers and tests, of no effect.
+
+        Raises:
+            ValueError: If the backbone's maps do not end at stride 32, each half as fine as the one
+                before.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -250,12 +256,14 @@ class SparseRCNNModel(SparseRCNNPreTrainedModel):
 
         # Feature pyramid of the canvas, padding and all
         canvas = pad_canvas(pixel_values, multiple=COARSEST_STRIDE)
-        levels = self.feature_pyramid([features for features, _ in self.backbone(canvas)])
+        maps = [features for features, _ in self.backbone(canvas)]
+        check_strides(maps, canvas, strides=self.strides)
+        levels = self.feature_pyramid(maps)
         tokens, spatial_shapes = flatten_levels(levels)
 
         # Proposals: learned relative to the picture, pixels from here on
         scale = picture_sizes(pixel_values, pixel_mask).repeat(1, 2)[:, None]  # (batch, 1, 4)
-        boxes = boxes_cxcywh_to_xyxy(self.proposal_boxes.weight) * scale
+        boxes = boxes_cxcywh_to_xyxy(self.proposal_boxes.weight.to(scale.dtype) * scale)
         features = self.proposal_features.weight.expand(pixel_values.shape[0], -1, -1)
 
         # Stages

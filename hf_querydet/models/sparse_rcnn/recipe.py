@@ -3,6 +3,7 @@
 For a batch of 16 in all, the authors' 8 GPUs of 2 pictures. The backbone learns as fast as the
 rest. The authors count iterations, 270,000 of which are about 36 epochs of COCO, and drop the
 learning rate twice, after 210,000 and again after 250,000; the schedule here has the first drop.
+Their warm-up starts at a hundredth of the learning rate, the one here near 0.
 """
 
 from hf_querydet.recipe_utils import SMALL_BACKBONE, SMALL_DECODER, Recipe, SmallRecipe
@@ -17,6 +18,7 @@ RECIPE = Recipe(
     schedule="step",
     num_epochs=36,
     step_fraction=210 / 270,
+    warmup_fraction=1 / 270,
 )
 
 SMALL_RECIPE = SmallRecipe(model_fields=SMALL_BACKBONE | SMALL_DECODER | {"dynamic_dim": 32})
