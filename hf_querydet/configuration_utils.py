@@ -24,8 +24,16 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder"
 DEFAULT_BACKBONE = "resnet50.tv_in1k"
 RESNET101 = "resnet101.tv_in1k"
 BACKBONE_NORMS = ("frozen", "batch")
+POSITION_EMBEDDING_TYPES = ("sine", "learned")
+# More feature levels than that are made of the last stage.
+MAX_BACKBONE_STAGES = 3
 # Name of the slots of a class head that stand for no class (COCO's 91 ids have 11 of them).
 UNUSED_LABEL = "N/A"
+
+
+def stages_of_levels(num_feature_levels: int) -> tuple[int, ...]:
+    """Stages of the backbone that feature levels are made of, counted from the last."""
+    return tuple(range(-min(max(num_feature_levels, 1), MAX_BACKBONE_STAGES), 0))
 
 
 @strict
@@ -340,6 +348,13 @@ class DetectorConfig(PreTrainedConfig):
                 raise ValueError(
                     f"d_model must be a multiple of {field}, got {self.d_model} and {num_heads}."
                 )
+
+    def check_multiple(self, field: str, divisor: int, reason: str) -> None:
+        """Raise a ValueError unless the field is a multiple of the divisor."""
+        if getattr(self, field) % divisor:
+            raise ValueError(
+                f"{field} must be a multiple of {divisor} ({reason}), got {getattr(self, field)}."
+            )
 
     def check_at_least_1(self, *fields: str) -> None:
         """Raise a ValueError unless each field is 1 or more."""

@@ -18,8 +18,20 @@ from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.layers.attention import MultiHeadAttention
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.canvas import canvas_shares
+from hf_querydet.layers.deformable_attention import MultiScaleDeformableAttention
+from hf_querydet.layers.detection_head import DetectionHead
+from hf_querydet.layers.dynamic_convolution import DynamicConvolution
+from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward
+from hf_querydet.layers.initialization import (
+    init_box_head,
+    init_deformable_attention,
+    init_feature_projection,
+    init_feature_pyramid,
+    init_focal_prior,
+)
 from hf_querydet.layers.position_embedding import LearnedPositionEmbedding
+from hf_querydet.layers.projection import FeatureProjection
 from hf_querydet.losses import SetCriterion
 from hf_querydet.losses.criterion import Classification
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
@@ -199,7 +211,8 @@ class DetectorPreTrainedModel(PreTrainedModel):
         """First values by module type, those of DETR's authors.
 
         Attention and feed-forward weights are Xavier uniform; everything else (heads, input
-        projections, the biases of feed-forward blocks) keeps PyTorch's default. A module is visited
+        projections, the biases of feed-forward blocks) keeps PyTorch's default. Blocks that came
+        with later detectors start as their authors' do. A module is visited
         after its children, so a block overrides its linear layers. All goes through
         ``transformers.initialization``, which leaves loaded tensors alone.
         """
@@ -227,6 +240,18 @@ class DetectorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FeedForward):
             init.xavier_uniform_(module.expand.weight)
             init.xavier_uniform_(module.contract.weight)
+        elif isinstance(module, MultiScaleDeformableAttention):
+            init_deformable_attention(module)
+        elif isinstance(module, FeatureProjection):
+            init_feature_projection(module)
+        elif isinstance(module, FeaturePyramid):
+            init_feature_pyramid(module)
+        elif isinstance(module, DynamicConvolution):
+            init.xavier_uniform_(module.filter_generator.weight)
+            init.xavier_uniform_(module.output_projection.weight)
+        elif isinstance(module, DetectionHead):
+            init_focal_prior(module.class_head)
+            init_box_head(module.box_head, size_bias=module.size_bias)
 
 
 class ObjectDetectionMixin:

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+# Offset of the centre of a cell from its end, where it is counted.
+CELL_CENTER = -0.5
+
 
 def sine_features(positions: Tensor, num_features: int, temperature: float = 10000.0) -> Tensor:
     """Sine and cosine features of scalar positions, interleaved.

@@ -715,7 +715,7 @@ def test_number_of_queries_cannot_be_set_alone(tmp_path):
         ),
         ({"num_query_patterns": -2}, "num_query_patterns must be at least 1, got -2"),
         ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
-        ({"d_model": 48}, "d_model must be a multiple of 32, .*got 48"),
+        ({"d_model": 48}, "d_model must be a multiple of 32 .*got 48"),
         ({"encoder_attention_heads": 7}, "multiple of encoder_attention_heads, got 256 and 7"),
         ({"decoder_attention_heads": 0}, "multiple of decoder_attention_heads, got 256 and 0"),
         ({"spatial_prior": "random"}, "spatial_prior must be one of .*got 'random'"),

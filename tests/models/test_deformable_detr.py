@@ -723,7 +723,7 @@ def test_number_of_queries_follows_the_proposals(tmp_path):
     ("options", "message"),
     [
         ({"two_stage": True}, "two_stage=True needs with_box_refine=True"),
-        ({"d_model": 48}, "d_model must be a multiple of 32, .*got 48"),
+        ({"d_model": 48}, "d_model must be a multiple of 32 .*got 48"),
         ({"encoder_attention_heads": 7}, "multiple of encoder_attention_heads, got 256 and 7"),
         ({"decoder_attention_heads": 0}, "multiple of decoder_attention_heads, got 256 and 0"),
         ({"num_feature_levels": 0}, "num_feature_levels must be at least 1, got 0"),

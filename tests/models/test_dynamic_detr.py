@@ -557,7 +557,7 @@ def test_a_few_pictures_are_learned_by_heart():
         ({"dynamic_mode": "full"}, r"dynamic_mode .* \('single', 'bottleneck'\), got 'full'"),
         ({"decoder_attention_heads": 7}, "multiple of decoder_attention_heads, got 256 and 7"),
         ({"decoder_attention_heads": 0}, "multiple of decoder_attention_heads, got 256 and 0"),
-        ({"d_model": 40}, "d_model must be a multiple of 16, .* got 40"),
+        ({"d_model": 40}, "d_model must be a multiple of 16 .*got 40"),
         ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
         ({"encoder_layers": -1}, "encoder_layers must be at least 0, got -1"),
         ({"pooling_size": 0}, "pooling_size must be at least 1, got 0"),

@@ -644,7 +644,7 @@ def test_trained_detector_loads_with_another_number_of_queries(tmp_path):
             {"num_queries_train_start": 300, "reference_point_init": "center"},
             "num_queries_train_start needs .*got 'center' and 'dense'",
         ),
-        ({"d_model": 48}, "d_model must be a multiple of 32, .*got 48"),
+        ({"d_model": 48}, "d_model must be a multiple of 32 .*got 48"),
         ({"encoder_attention_heads": 7}, "multiple of encoder_attention_heads, got 256 and 7"),
         ({"decoder_attention_heads": 0}, "multiple of decoder_attention_heads, got 256 and 0"),
         ({"num_feature_levels": 0}, "num_feature_levels must be at least 1, got 0"),

@@ -4,14 +4,16 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import RESNET101, DetectorConfig
+from hf_querydet.configuration_utils import (
+    RESNET101,
+    DetectorConfig,
+)
+from hf_querydet.layers.projection import NUM_GROUPS
 
 SPATIAL_PRIORS = ("learned", "grid")
 ATTENTION_TYPES = ("row_column", "full")
 # One map, or the last three stages; the authors have no other choice.
 NUMBERS_OF_LEVELS = (1, 3)
-# Of the group normalisation of every level.
-NUM_GROUPS = 32
 # What the number of queries follows from.
 FACTORS = ("num_query_positions", "num_query_patterns", "spatial_prior")
 
@@ -155,11 +157,7 @@ class AnchorDETRConfig(DetectorConfig):
         self.check_at_least_1("num_query_positions", "num_query_patterns", "decoder_layers")
         super().validate_architecture()
         self.check_heads("encoder_attention_heads", "decoder_attention_heads")
-        if self.d_model % NUM_GROUPS:
-            raise ValueError(
-                f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
-                f"feature levels, got {self.d_model}."
-            )
+        self.check_multiple("d_model", NUM_GROUPS, "groups of the normalisation of feature levels")
         for field, choices in (
             ("spatial_prior", SPATIAL_PRIORS),
             ("attention_type", ATTENTION_TYPES),

@@ -4,9 +4,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import RESNET101, DetectorConfig
-
-POSITION_EMBEDDING_TYPES = ("sine", "learned")
+from hf_querydet.configuration_utils import POSITION_EMBEDDING_TYPES, RESNET101, DetectorConfig
 
 
 @strict
@@ -95,10 +93,6 @@ class ConditionalDETRConfig(DetectorConfig):
         """
         super().validate_architecture()
         self.check_heads("encoder_attention_heads", "decoder_attention_heads")
-        if self.d_model % 4:
-            raise ValueError(
-                "d_model must be a multiple of 4 (sine and cosine of two axes), "
-                f"got {self.d_model}."
-            )
+        self.check_multiple("d_model", 4, "sine and cosine of two axes")
         self.check_at_least_1("decoder_layers")
         self.check_choice("position_embedding_type", POSITION_EMBEDDING_TYPES)

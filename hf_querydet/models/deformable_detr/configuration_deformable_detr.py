@@ -4,13 +4,15 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import RESNET101, DetectorConfig
+from hf_querydet.configuration_utils import (
+    POSITION_EMBEDDING_TYPES,
+    RESNET101,
+    DetectorConfig,
+    stages_of_levels,
+)
+from hf_querydet.layers.projection import NUM_GROUPS
 
-POSITION_EMBEDDING_TYPES = ("sine", "learned")
-MAX_BACKBONE_STAGES = 3
 CLASS_COST = 2.0
-# Of the group normalisation of every level.
-NUM_GROUPS = 32
 
 
 @strict
@@ -129,7 +131,7 @@ class DeformableDETRConfig(DetectorConfig):
     @property
     def backbone_stages(self) -> tuple[int, ...]:
         """Stages that the levels are made of, counted from the last."""
-        return tuple(range(-min(max(self.num_feature_levels, 1), MAX_BACKBONE_STAGES), 0))
+        return stages_of_levels(self.num_feature_levels)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """See :class:`DetectorConfig`."""
@@ -150,11 +152,7 @@ class DeformableDETRConfig(DetectorConfig):
         if self.with_box_refine:
             self.warn_of_untrained_heads()
         self.check_heads("encoder_attention_heads", "decoder_attention_heads")
-        if self.d_model % NUM_GROUPS:
-            raise ValueError(
-                f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
-                f"feature levels, got {self.d_model}."
-            )
+        self.check_multiple("d_model", NUM_GROUPS, "groups of the normalisation of feature levels")
         self.check_at_least_1(
             "num_feature_levels",
             "encoder_n_points",

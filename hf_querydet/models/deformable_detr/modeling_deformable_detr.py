@@ -19,7 +19,6 @@ from transformers.utils import can_return_tuple
 from hf_querydet.configuration_utils import HUB_OPTIONS
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.deformable_attention import (
-    MultiScaleDeformableAttention,
     samples_by_head,
 )
 from hf_querydet.layers.deformable_transformer import (
@@ -29,13 +28,8 @@ from hf_querydet.layers.deformable_transformer import (
 )
 from hf_querydet.layers.detection_head import DetectionHead
 from hf_querydet.layers.feature_levels import encoder_proposals
-from hf_querydet.layers.initialization import (
-    init_box_head,
-    init_deformable_attention,
-    init_feature_projection,
-    init_focal_prior,
-)
 from hf_querydet.layers.position_embedding import (
+    CELL_CENTER,
     LearnedPositionEmbedding,
     SinePositionEmbedding,
     sine_features,
@@ -60,7 +54,6 @@ from hf_querydet.ops.boxes import place_boxes, refine_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
 from hf_querydet.recording import LayerRecord, SamplingRecord
 
-CELL_CENTER = -0.5
 INITIAL_SIZE_BIAS = -2.0
 
 
@@ -169,14 +162,7 @@ class DeformableDETRPreTrainedModel(DetectorPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As :meth:`DetectorPreTrainedModel._init_weights`, with the values of these authors."""
         super()._init_weights(module)
-        if isinstance(module, MultiScaleDeformableAttention):
-            init_deformable_attention(module)
-        elif isinstance(module, FeatureProjection):
-            init_feature_projection(module)
-        elif isinstance(module, DetectionHead):
-            init_focal_prior(module.class_head)
-            init_box_head(module.box_head, size_bias=module.size_bias)
-        elif isinstance(module, DeformableDETRModel):
+        if isinstance(module, DeformableDETRModel):
             if module.config.two_stage:
                 init.xavier_uniform_(module.memory_projection.weight)
                 init.xavier_uniform_(module.query_projection.weight)

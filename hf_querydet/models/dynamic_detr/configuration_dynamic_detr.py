@@ -172,11 +172,7 @@ class DynamicDETRConfig(DetectorConfig):
         for field, choices in CHOICES.items():
             self.check_choice(field, choices)
         self.check_heads("decoder_attention_heads")
-        if self.d_model % NUM_GROUPS:
-            raise ValueError(
-                f"d_model must be a multiple of {NUM_GROUPS}, the groups of the encoder's "
-                f"normalisation, got {self.d_model}."
-            )
+        self.check_multiple("d_model", NUM_GROUPS, "groups of the encoder's normalisation")
         self.check_at_least_1(
             "decoder_layers", "pooling_size", "pooling_sampling_ratio", "dynamic_dim"
         )

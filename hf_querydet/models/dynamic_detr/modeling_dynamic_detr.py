@@ -28,7 +28,7 @@ from hf_querydet.layers.dynamic_convolution import DynamicConvolution
 from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
-from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
+from hf_querydet.layers.initialization import init_focal_prior
 from hf_querydet.layers.roi_pooling import check_strides, level_strides, pool_regions
 from hf_querydet.losses import FocalClassification, SoftmaxClassification
 from hf_querydet.modeling_utils import (
@@ -195,9 +195,7 @@ class DynamicDETRPreTrainedModel(DetectorPreTrainedModel):
         the coefficients of ReLU. Matrices of the decoder are Xavier uniform.
         """
         super()._init_weights(module)
-        if isinstance(module, FeaturePyramid):
-            init_feature_pyramid(module)
-        elif isinstance(module, OffsetPrediction):
+        if isinstance(module, OffsetPrediction):
             init.zeros_(module.convolution.weight)
             init.zeros_(module.convolution.bias)
         elif isinstance(module, DeformableConvolution):
@@ -205,9 +203,6 @@ class DynamicDETRPreTrainedModel(DetectorPreTrainedModel):
         elif isinstance(module, DynamicReLU):
             init.zeros_(module.coefficients.weight)
             init.zeros_(module.coefficients.bias)
-        elif isinstance(module, DynamicConvolution):
-            init.xavier_uniform_(module.filter_generator.weight)
-            init.xavier_uniform_(module.output_projection.weight)
         elif isinstance(module, DynamicDETRHead):
             for layer in (
                 *module.class_tower.layers,

@@ -5,13 +5,15 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import RESNET101, DetectorConfig
+from hf_querydet.configuration_utils import (
+    RESNET101,
+    DetectorConfig,
+    stages_of_levels,
+)
+from hf_querydet.layers.projection import NUM_GROUPS
 
 REFERENCE_POINT_INITS = ("dense", "learnable", "grid", "center", "border")
 QUERY_INITS = ("dense", "learnable")
-MAX_BACKBONE_STAGES = 3
-# Of the group normalisation of every level.
-NUM_GROUPS = 32
 
 
 @strict
@@ -121,7 +123,7 @@ class EfficientDETRConfig(DetectorConfig):
     @property
     def backbone_stages(self) -> tuple[int, ...]:
         """Stages that the levels are made of, counted from the last."""
-        return tuple(range(-min(max(self.num_feature_levels, 1), MAX_BACKBONE_STAGES), 0))
+        return stages_of_levels(self.num_feature_levels)
 
     @property
     def has_dense_part(self) -> bool:
@@ -137,11 +139,7 @@ class EfficientDETRConfig(DetectorConfig):
         super().validate_architecture()
         self.warn_of_untrained_heads()
         self.check_heads("encoder_attention_heads", "decoder_attention_heads")
-        if self.d_model % NUM_GROUPS:
-            raise ValueError(
-                f"d_model must be a multiple of {NUM_GROUPS}, the groups of the normalisation of "
-                f"feature levels, got {self.d_model}."
-            )
+        self.check_multiple("d_model", NUM_GROUPS, "groups of the normalisation of feature levels")
         self.check_at_least_1(
             "num_feature_levels",
             "encoder_n_points",

@@ -22,7 +22,6 @@ from transformers.utils import can_return_tuple
 
 from hf_querydet.layers.backbone import Backbone
 from hf_querydet.layers.deformable_attention import (
-    MultiScaleDeformableAttention,
     samples_by_head,
 )
 from hf_querydet.layers.deformable_transformer import (
@@ -32,13 +31,11 @@ from hf_querydet.layers.deformable_transformer import (
 )
 from hf_querydet.layers.detection_head import DetectionHead
 from hf_querydet.layers.feature_levels import cell_centers, encoder_proposals
-from hf_querydet.layers.initialization import (
-    init_box_head,
-    init_deformable_attention,
-    init_feature_projection,
-    init_focal_prior,
+from hf_querydet.layers.position_embedding import (
+    CELL_CENTER,
+    SinePositionEmbedding,
+    sine_features,
 )
-from hf_querydet.layers.position_embedding import SinePositionEmbedding, sine_features
 from hf_querydet.layers.projection import FeatureProjection, LevelFeatures, project_features
 from hf_querydet.losses import FocalClassification
 from hf_querydet.modeling_utils import (
@@ -51,7 +48,6 @@ from hf_querydet.ops.boxes import refine_boxes
 from hf_querydet.outputs import DetectionOutput, DetectorModelOutput, SetPredictions
 from hf_querydet.recording import LayerRecord, SamplingRecord
 
-CELL_CENTER = -0.5
 # Side of the box around a reference point, to which the first decoder layer's deltas are added:
 # sigmoid(-2), as large as the first boxes of Deformable DETR.
 POINT_BOX_SIZE = 1 / (1 + math.exp(2))
@@ -152,14 +148,7 @@ class EfficientDETRPreTrainedModel(DetectorPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As :meth:`DetectorPreTrainedModel._init_weights`, with Deformable DETR's values."""
         super()._init_weights(module)
-        if isinstance(module, MultiScaleDeformableAttention):
-            init_deformable_attention(module)
-        elif isinstance(module, FeatureProjection):
-            init_feature_projection(module)
-        elif isinstance(module, DetectionHead):
-            init_focal_prior(module.class_head)
-            init_box_head(module.box_head, size_bias=module.size_bias)
-        elif isinstance(module, EfficientDETRModel):
+        if isinstance(module, EfficientDETRModel):
             init.xavier_uniform_(module.query_projection.weight)
             if module.config.has_dense_part:
                 init.xavier_uniform_(module.memory_projection.weight)

@@ -26,7 +26,7 @@ from hf_querydet.layers.dynamic_convolution import DynamicConvolution
 from hf_querydet.layers.feature_levels import SpatialShapes, flatten_levels
 from hf_querydet.layers.feature_pyramid import FeaturePyramid
 from hf_querydet.layers.feed_forward import FeedForward, PredictionTower
-from hf_querydet.layers.initialization import init_feature_pyramid, init_focal_prior
+from hf_querydet.layers.initialization import init_focal_prior
 from hf_querydet.layers.roi_pooling import check_strides, level_strides, pool_regions
 from hf_querydet.losses import FocalClassification, SoftmaxClassification
 from hf_querydet.modeling_utils import (
@@ -176,12 +176,7 @@ class SparseRCNNPreTrainedModel(DetectorPreTrainedModel):
         biases; here each draws its own.
         """
         super()._init_weights(module)
-        if isinstance(module, FeaturePyramid):
-            init_feature_pyramid(module)
-        elif isinstance(module, DynamicConvolution):
-            init.xavier_uniform_(module.filter_generator.weight)
-            init.xavier_uniform_(module.output_projection.weight)
-        elif isinstance(module, PredictionTower):
+        if isinstance(module, PredictionTower):
             for layer in module.layers:
                 init.xavier_uniform_(layer.weight)
         elif isinstance(module, DynamicInstanceInteractiveHead):
