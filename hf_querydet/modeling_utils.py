@@ -67,14 +67,14 @@ class DetectorPreTrainedModel(PreTrainedModel):
     ) -> Self:
         """Load a detector; see ``PreTrainedModel.from_pretrained``.
 
-        A class head of another size than the configuration's number of labels (which ``num_labels``
-        or ``id2label`` set) is created anew, without ``ignore_mismatched_sizes``. Any other tensor
-        of a wrong shape stays an error. ``attn_implementation`` is that of the detector, as in
+        With ``num_labels``, ``id2label`` or ``config``, a class head of another size than there are
+        labels is created anew, without ``ignore_mismatched_sizes``. Any other tensor of a wrong
+        shape stays an error. ``attn_implementation`` is that of the detector, as in
         :meth:`set_attn_implementation`.
 
         Raises:
-            RuntimeError: If tensors other than the class head have another shape than the
-                checkpoint's.
+            RuntimeError: If tensors, other than a class head for new labels, have another shape
+                than the checkpoint's.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         ignores_all = kwargs.pop("ignore_mismatched_sizes", False)
@@ -86,7 +86,8 @@ class DetectorPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
         if not ignores_all:
-            cls._check_mismatched_keys(info["mismatched_keys"])
+            wants_labels = bool({"num_labels", "id2label", "config"} & set(kwargs))
+            cls._check_mismatched_keys(info["mismatched_keys"], new_class_head=wants_labels)
         started_anew = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         for name, module in model.named_modules():
             if isinstance(module, Backbone):
@@ -101,19 +102,19 @@ class DetectorPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
-    def _check_mismatched_keys(cls, mismatched_keys: set[tuple]) -> None:
+    def _check_mismatched_keys(cls, mismatched_keys: set[tuple], *, new_class_head: bool) -> None:
         wrong = sorted(
             f"{key}: {tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
             for key, found, wanted in mismatched_keys
-            if not key.endswith(cls._class_head_keys)
+            if not (new_class_head and key.endswith(cls._class_head_keys))
         )
         if wrong:
             listing = "\n  ".join(wrong)
             raise RuntimeError(
                 f"The checkpoint does not fit the configuration:\n  {listing}\n"
-                "Only the class head is re-created for new labels; pass the options that the "
-                "checkpoint was trained with, or ignore_mismatched_sizes=True to start these "
-                "tensors anew."
+                "Only the class head is re-created, where num_labels or id2label is passed. Pass "
+                "the options that the checkpoint was trained with, or ignore_mismatched_sizes=True "
+                "to start these tensors anew."
             )
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:

@@ -1,6 +1,7 @@
 """What every variant promises."""
 
 import copy
+import json
 import logging
 import re
 
@@ -469,6 +470,19 @@ def test_other_wrong_shapes_stay_errors_with_new_labels(name, tmp_path):
             break
     with pytest.raises(RuntimeError, match=re.escape(f"{wrong[0]}: ")):
         VARIANTS[name].detector.from_pretrained(tmp_path, num_labels=4, **change)
+
+
+def test_class_head_is_not_replaced_unless_labels_are_given(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    labels = dict(enumerate("abcdefg"))
+    config |= {"id2label": labels, "label2id": {name: label for label, name in labels.items()}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(RuntimeError, match=r"in the checkpoint.*\n.*re-created, where num_labels"):
+        VARIANTS[name].detector.from_pretrained(tmp_path)
+    detector = VARIANTS[name].detector.from_pretrained(tmp_path, num_labels=7)
+    assert detector.config.id2label == labels
 
 
 def test_frozen_stages_stay_frozen_after_loading(name, tmp_path):
