@@ -35,6 +35,10 @@
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 namespace hf_querydet {
 
@@ -61,5 +65,22 @@ Inputs check_inputs(const torch::stable::Tensor& value,
 // The same for the gradient of the output; returns it with stride 1 over its last dimension.
 torch::stable::Tensor check_grad_output(const torch::stable::Tensor& grad_output,
                                         const Inputs& inputs);
+
+// Calls run(T{}, R{}) with the types of `value` and of the sampling tensors.
+template <typename Run>
+void with_types(const Inputs& inputs, const Run& run) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  using torch::headeronly::ScalarType;
+  const bool float_sampling = inputs.sampling_locations.scalar_type() == ScalarType::Float;
+  switch (inputs.value.scalar_type()) {
+    case ScalarType::Double: return run(double{}, double{});
+    case ScalarType::Float: return run(float{}, float{});
+    case ScalarType::BFloat16:
+      return float_sampling ? run(BFloat16{}, float{}) : run(BFloat16{}, BFloat16{});
+    case ScalarType::Half: return float_sampling ? run(Half{}, float{}) : run(Half{}, Half{});
+    default: STD_TORCH_CHECK(false, "unreachable: check_inputs lists the dtypes");
+  }
+}
 
 } // namespace hf_querydet

@@ -25,8 +25,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "../ms_deform_attn.h"
 #include "vectors.h"
@@ -34,7 +32,6 @@
 namespace hf_querydet::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Samples whose coordinates are computed together; a multiple of every vector's lanes.
@@ -131,11 +128,13 @@ struct LevelTable {
       : num_samples(num_samples),
         width(round_up(num_samples, kCoordinateLanes)),
         height(width.size()),
+        rows(width.size()),
         row_length(width.size()),
         start(width.size()) {}
 
   int64_t num_samples;
   std::vector<A> width, height;
+  std::vector<int64_t> rows;       // height again, which a float holds exactly only up to 2^24
   std::vector<int64_t> row_length; // of the level's map, or of the level, in cells
   std::vector<int64_t> start;      // of the level, in cells
 };
@@ -298,7 +297,7 @@ template <typename A>
 inline CornerTokens corner_tokens(const LevelTable<A>& table, const Samples<A>& samples,
                                   int64_t first, int64_t i) {
   const int64_t width = table.row_length[first + i];
-  const int64_t height = static_cast<int64_t>(table.height[first + i]);
+  const int64_t height = table.rows[first + i];
   const int64_t column = samples.column[i];
   const int64_t row = samples.row[i];
   const bool left = column >= 0, right = column + 1 < width;
@@ -416,6 +415,7 @@ LevelTable<A> table_of_all_levels(const Inputs& inputs, bool in_place) {
     for (int64_t point = 0; point < inputs.num_points; ++point, ++sample) {
       table.width[sample] = static_cast<A>(level.width);
       table.height[sample] = static_cast<A>(level.height);
+      table.rows[sample] = level.height;
       table.row_length[sample] = in_place ? level.width : level.width + 1;
       table.start[sample] = in_place ? level.start : map_start;
     }
@@ -688,6 +688,7 @@ void backward_unit(const Problem<T, R>& problem, const Gradients<T, R>& grads,
   LevelTable<A> table(kSampleBlock);
   std::fill(table.width.begin(), table.width.end(), static_cast<A>(level.width));
   std::fill(table.height.begin(), table.height.end(), static_cast<A>(level.height));
+  std::fill(table.rows.begin(), table.rows.end(), level.height);
   std::fill(table.row_length.begin(), table.row_length.end(),
             Target::in_place ? level.width : level.width + 1);
   std::fill(table.start.begin(), table.start.end(), Target::in_place ? level.start : 0);
@@ -820,20 +821,6 @@ void backward_of_type(const Inputs& in, const Tensor& grad_output, Tensor& grad_
 }
 
 // ---- operators -------------------------------------------------------------------------------
-
-// Calls run(T{}, R{}) with the types of `value` and of the sampling tensors.
-template <typename Run>
-void with_types(const Inputs& inputs, const Run& run) {
-  const bool float_sampling = inputs.sampling_locations.scalar_type() == ScalarType::Float;
-  switch (inputs.value.scalar_type()) {
-    case ScalarType::Double: return run(double{}, double{});
-    case ScalarType::Float: return run(float{}, float{});
-    case ScalarType::BFloat16:
-      return float_sampling ? run(BFloat16{}, float{}) : run(BFloat16{}, BFloat16{});
-    case ScalarType::Half: return float_sampling ? run(Half{}, float{}) : run(Half{}, Half{});
-    default: STD_TORCH_CHECK(false, "unreachable: check_inputs lists the dtypes");
-  }
-}
 
 Tensor forward(Tensor value, std::vector<int64_t> spatial_shapes, Tensor sampling_locations,
                Tensor attention_weights) {

@@ -17,9 +17,7 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "../ms_deform_attn.h"
 #include "ms_deform_attn_kernels.cuh"
@@ -27,8 +25,6 @@
 namespace hf_querydet::cuda {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -135,20 +131,6 @@ void launch_backward(const Inputs& in, const Tensor& grad_output, Tensor& grad_v
         grad_locations.mutable_data_ptr<R>(), grad_weights.mutable_data_ptr<R>());
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// Calls run(T{}, R{}) with the types of `value` and of the sampling tensors.
-template <typename Run>
-void with_types(const Inputs& inputs, const Run& run) {
-  const bool float_sampling = inputs.sampling_locations.scalar_type() == ScalarType::Float;
-  switch (inputs.value.scalar_type()) {
-    case ScalarType::Double: return run(double{}, double{});
-    case ScalarType::Float: return run(float{}, float{});
-    case ScalarType::BFloat16:
-      return float_sampling ? run(BFloat16{}, float{}) : run(BFloat16{}, BFloat16{});
-    case ScalarType::Half: return float_sampling ? run(Half{}, float{}) : run(Half{}, Half{});
-    default: STD_TORCH_CHECK(false, "unreachable: check_inputs lists the dtypes");
-  }
 }
 
 Tensor forward(Tensor value, std::vector<int64_t> spatial_shapes, Tensor sampling_locations,

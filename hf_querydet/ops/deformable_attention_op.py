@@ -192,17 +192,23 @@ def alert_not_deterministic(name: str, device_type: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def is_in_onnx_export() -> bool:
+    """Whether this runs for an export to ONNX, which knows grid_sample and no operator of ours."""
+    # The exporter cannot run unless it is imported.
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def _has_kernel(device_type: str) -> bool:
-    """Whether to call the compiled operator; a constant for torch.compile and torch.export."""
-    # ONNX knows grid_sample and not our operator. The exporter cannot run unless it is imported.
-    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+    """Whether to call the compiled operator."""
+    if is_in_onnx_export():
         return False
     # On the meta device the operator only computes shapes, and its operations can be counted.
     return device_type == "meta" or extension.load(device_type)
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which
-# doubles the time that `import hf_querydet` takes.
+# Constants for torch.compile and torch.export: what torch.compiler.assume_constant_result sets.
+# Calling it would import torch._dynamo, which doubles the time that `import hf_querydet` takes.
+is_in_onnx_export._dynamo_marked_constant = True
 _has_kernel._dynamo_marked_constant = True
 
 
@@ -225,15 +231,28 @@ def _pairs(spatial_shapes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
 
 
-# These two run for devices that have no kernel, or none yet: a kernel that `load` registers takes
-# their place for its device.
+# The dispatcher calls these two for devices that have no kernel, or none yet: a kernel that `load`
+# registers takes their place for its device.
 @torch.library.impl(_LIBRARY, "ms_deform_attn", "CompositeExplicitAutograd")
-def _forward_without_kernel(
+def choose_forward(
     value: Tensor,
     spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
+    """Compute the output by the kernel, or in plain PyTorch where there is none or it is off.
+
+    For use inside of operators. Nothing is checked, and no gradient recorded.
+
+    Args:
+        value: As in :func:`ms_deform_attn`, and so are the others.
+        spatial_shapes: Height and width of every level, in one list.
+        sampling_locations: (B, Q, M, L, P, 2).
+        attention_weights: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M * D).
+    """
     arguments = (sampling_locations, attention_weights)
     if extension.load(value.device.type):
         return _FORWARD(value, spatial_shapes, *arguments)
@@ -241,13 +260,25 @@ def _forward_without_kernel(
 
 
 @torch.library.impl(_LIBRARY, "ms_deform_attn_backward", "CompositeExplicitAutograd")
-def _backward_without_kernel(
+def choose_backward(
     grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients as :func:`choose_forward` computes the output.
+
+    Args:
+        grad_output: Gradient of the output, (B, Q, M * D).
+        value: As in :func:`choose_forward`, and so are the others.
+        spatial_shapes: Height and width of every level, in one list.
+        sampling_locations: (B, Q, M, L, P, 2).
+        attention_weights: (B, Q, M, L, P).
+
+    Returns:
+        Gradients of ``value``, ``sampling_locations`` and ``attention_weights``.
+    """
     arguments = (sampling_locations, attention_weights)
     if extension.load(value.device.type):
         return _BACKWARD(grad_output, value, spatial_shapes, *arguments)

@@ -9,7 +9,7 @@ package has its codes in its name (``sm_80_sm_90``), and is taken where they cov
 
 Builds run in a directory of their own and are moved into place when they are complete: a build
 that was killed leaves nothing that could be loaded, and of several processes one builds while the
-others wait.
+others wait. A library of the cache that does not load all the same is built again.
 
 Environment:
     HF_QUERYDET_KERNELS: `auto` (default: fall back to plain PyTorch, with one log line), `require`
@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -51,6 +51,8 @@ COMMON_FLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 # For ms_deform_attn.cpp where it is linked with CUDA kernels.
 CUDA_HOST_FLAGS = (*COMMON_FLAGS, "-DUSE_CUDA", "-fvisibility=hidden")
 LIBRARY_PREFIX = "_ms_deform_attn"
+# A build that has been still for so long was killed.
+LEFT_OVER_SECONDS = 3600.0
 
 
 @dataclasses.dataclass
@@ -136,14 +138,17 @@ def cache_root() -> Path:
 
 
 def clean() -> list[Path]:
-    """Delete all builds in the cache.
+    """Delete all builds in the cache, and nothing else that lies there.
 
     Returns:
         The directories that were deleted. Libraries that a process has loaded go on working there.
     """
     if not cache_root().is_dir():
         return []
-    builds = [path for path in sorted(cache_root().glob("kernels-*")) if path.is_dir()]
+    # The user names the directory, and may keep other things in it.
+    name = re.compile(f"kernels-({'|'.join(SOURCES)})-[0-9a-f]{{16}}")  # see build_directory
+    paths = sorted(cache_root().iterdir())
+    builds = [path for path in paths if name.fullmatch(path.name) and path.is_dir()]
     for build in builds:
         shutil.rmtree(build)
     return builds
@@ -166,7 +171,7 @@ def describe(device_type: str) -> dict[str, str]:
     try:
         directory = build_directory(device_type)
     # The same failures as in a build: no sources, no compiler, one that does not run, no home.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError) as error:
         facts.setdefault("reason", str(error))
         directory = None
     library = state.library or _packaged_library(device_type)
@@ -215,13 +220,24 @@ def gpu_codes() -> tuple[str, ...]:
     """Codes to compile for: `sm_90` of a GPU, or `compute_90`, PTX for that one and later ones.
 
     Those of TORCH_CUDA_ARCH_LIST, as torch reads it ("8.0;9.0+PTX", "Hopper"), or of the GPUs here.
+    A GPU that is newer than torch gets the newest code that torch itself has, and PTX of it.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         flags = _cpp_extension()._get_cuda_arch_flags()
         codes = [flag.rpartition("code=")[2] for flag in flags]
     else:
-        codes = ["sm_{}{}".format(*capability) for capability in _gpu_capabilities()]
+        codes = [code for capability in _gpu_capabilities() for code in _codes_for(capability)]
     return tuple(sorted(set(codes)))
+
+
+def _codes_for(capability: tuple[int, int]) -> list[str]:
+    """The GPU's own code, unless a compiler of torch's age may not know it."""
+    number = 10 * capability[0] + capability[1]
+    known = [
+        int(code[3:]) for code in torch.cuda.get_arch_list() if re.fullmatch("sm_[0-9]+", code)
+    ]
+    newest = max(known, default=number)
+    return [f"sm_{number}"] if number <= newest else [f"sm_{newest}", f"compute_{newest}"]
 
 
 def covers(codes: Iterable[str], capability: tuple[int, int]) -> bool:
@@ -281,15 +297,14 @@ def _code_flags(codes: Iterable[str]) -> list[str]:
 
 
 def _compiler_version(device_type: str) -> str:
-    """First words of the compiler about itself; raises if it is missing or does not run."""
+    """What the compilers say of themselves; raises if one is missing or does not run."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")  # may be "ccache g++"
     path = shutil.which(compiler[0])
     if path is None:
         raise FileNotFoundError(
             f"no C++ compiler: {compiler[0]} is not on the PATH; install g++ or clang, or set CXX"
         )
-    command = [path, *compiler[1:], "--version"]
-    versions = [subprocess.run(command, capture_output=True, text=True, check=True)]
+    versions = [_output_of([path, *compiler[1:], "--version"], variable="CXX")]
     if device_type == "cuda":
         nvcc = _nvcc()
         if nvcc is None:
@@ -297,16 +312,25 @@ def _compiler_version(device_type: str) -> str:
                 "no CUDA compiler: nvcc is neither in CUDA_HOME nor on the PATH; install the CUDA "
                 "toolkit, or set CUDA_HOME"
             )
-        versions.append(
-            subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+        versions.append(_output_of([nvcc, "--version"], variable="CUDA_HOME"))
+    return "\n".join(versions)
+
+
+def _output_of(command: list[str], *, variable: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(
+            f"`{shlex.join(command)}` ends with status {result.returncode}; repair this compiler, "
+            f"or set {variable} for another. It says: {(result.stderr or result.stdout).strip()}"
         )
-    return "\n".join(version.stdout for version in versions)
+    return result.stdout
 
 
 def _nvcc() -> str | None:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if variable in os.environ:
-            return shutil.which("nvcc", path=str(Path(os.environ[variable]) / "bin"))
+    # A variable that is empty counts as one that is not set, as for torch.
+    directory = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if directory:
+        return shutil.which("nvcc", path=str(Path(directory) / "bin"))
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -315,6 +339,7 @@ def build_key(device_type: str) -> str:
 
     Raises:
         FileNotFoundError: If there is no compiler or there are no sources.
+        RuntimeError: If the compiler does not run.
     """
     return _hash(device_type, *compiler_flags(device_type), _compiler_version(device_type))
 
@@ -355,6 +380,7 @@ def build_directory(device_type: str) -> Path:
 
     Raises:
         FileNotFoundError: If there is no compiler or there are no sources.
+        RuntimeError: If the compiler does not run.
     """
     return cache_root() / f"kernels-{device_type}-{build_key(device_type)}"
 
@@ -366,11 +392,12 @@ def _try_to_load(device_type: str, state: KernelState, *, quiet: bool) -> None:
     start = time.perf_counter()
     try:
         state.library = _packaged_library(device_type)
-        if state.library is None:
+        if state.library is not None:
+            torch.ops.load_library(state.library)
+        else:
             if device_type == "cuda":
                 _check_codes()
-            state.library = _cached_library(device_type)
-        torch.ops.load_library(state.library)
+            state.library = _load_from_cache(device_type)
         state.status = "loaded"
     # Whatever goes wrong (compiler, linker, disk, permissions), plain PyTorch still works.
     except Exception as error:
@@ -417,69 +444,115 @@ def _packaged_library(device_type: str) -> Path | None:
     return None
 
 
-def _cached_library(device_type: str) -> Path:
+def _load_from_cache(device_type: str) -> Path:
+    """Load the library of this machine, which is built first if need be."""
     directory = build_directory(device_type)
     library = directory / _library_file(device_type)
     # Without the lock first: a complete library is never changed, and the cache may be read-only.
-    if library.is_file():
+    if _loads(library):
         return library
-    directory.mkdir(parents=True, exist_ok=True)
-    with _build_lock(directory / "lock") as is_alone:
-        if is_alone:
-            for left_over in directory.glob("build-*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-        if not library.is_file():
-            _build(device_type, directory, library)
+    with _build_lock(directory) as has_locks:
+        _delete_left_overs(directory)
+        if not _loads(library):  # unless another process has built it in the meantime
+            _build(device_type, directory, library, has_locks=has_locks)
     return library
 
 
+def _loads(library: Path) -> bool:
+    """Load a library; false where there is none, or one that is broken."""
+    if not library.is_file():
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        logger.debug("%s; it is built again", error, exc_info=True)
+        return False
+    return True
+
+
+def _delete_left_overs(directory: Path) -> None:
+    """Of builds that were killed.
+
+    Only old ones: machines may share the directory and not its locks, and one of them be building.
+    """
+    for path in directory.glob("build-*"):
+        with contextlib.suppress(OSError):  # another process may be at it too
+            if time.time() - path.stat().st_mtime > LEFT_OVER_SECONDS:
+                shutil.rmtree(path)
+
+
 @contextlib.contextmanager
-def _build_lock(path: Path) -> Iterator[bool]:
+def _build_lock(directory: Path) -> Iterator[bool]:
     """Let one process in; the system frees the lock when a process ends, in whatever way.
 
-    Yields whether this process is the only one. Two builds at once are wasteful, but each has files
-    of its own.
+    Makes the directory. Yields whether files in it can be locked. Two builds at once are wasteful,
+    but each has files of its own.
     """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("w")
+    except OSError as error:
+        raise OSError(
+            f"{error}; set HF_QUERYDET_CACHE to a directory where the kernels can be written"
+        ) from error
+    with file:
+        yield _lock_file(file)
+
+
+def _lock_file(file: IO[str]) -> bool:
+    """Wait for the lock on a file; false where the file system has none."""
     try:
         import fcntl
     except ImportError:  # Windows
-        yield False
-        return
-    is_alone = True
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("Another process builds the deformable attention; waiting for it.")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            # Some network file systems know no locks. Unlocked builds are still correct.
-            logger.debug("No lock in %s", path)
-            is_alone = False
-        yield is_alone
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("Another process builds the deformable attention; waiting for it.")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        # Some network file systems know no locks. Unlocked builds are still correct.
+        logger.debug("No lock in %s", file.name)
+        return False
+    return True
 
 
-def _build(device_type: str, directory: Path, library: Path) -> None:
+def _build(device_type: str, directory: Path, library: Path, *, has_locks: bool) -> None:
+    """Compile, load, and move the library into place."""
     log = directory / "build.log"
     logger.warning(
         "Compiling the deformable attention for %s, once for this machine; log: %s",
         device_type,
         log,
     )
-    workspace = Path(tempfile.mkdtemp(prefix="build-", dir=directory))
+    # Beside the library, so that it is moved into place at once and never seen in part.
+    staging = Path(tempfile.mkdtemp(prefix="build-", dir=directory))
+    # torch takes a lock where it builds, and fails where the file system has none.
+    workspace = staging if has_locks else Path(tempfile.mkdtemp(prefix="hf_querydet-"))
     try:
         built, report = _compile(device_type, workspace)
-        log.write_text(report)
-        os.replace(built, library)
+        complete = Path(shutil.move(built, staging / library.name))
+        with complete.open("rb") as file:
+            # Or a crash of the machine could leave half of it, which kills a process that loads it.
+            os.fsync(file.fileno())
+        os.replace(complete, library)
+        _write_log(log, report)
     except Exception as error:
-        log.write_text(str(error))
+        _write_log(log, str(error))
         raise
     finally:
+        shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(workspace, ignore_errors=True)
 
 
+def _write_log(log: Path, text: str) -> None:
+    # A full disk must not hide what the compiler said, which is in the error as well.
+    with contextlib.suppress(OSError):
+        log.write_text(text)
+
+
 def _compile(device_type: str, workspace: Path) -> tuple[Path, str]:
-    """Compile in `workspace`; return the library and a report for the log."""
+    """Compile in `workspace` and load; return the library and a report for the log."""
     flags = compiler_flags(device_type)
     start = time.perf_counter()
     with _ninja_on_path():

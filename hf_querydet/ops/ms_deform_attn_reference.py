@@ -69,7 +69,7 @@ def ms_deform_attn_backward_reference(
         Gradients of `value`, `sampling_locations` and `attention_weights`.
     """
     batch, _, num_heads, head_size = value.shape
-    num_queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
+    num_queries = sampling_locations.shape[1]
     dtype = torch.promote_types(value.dtype, torch.float32)
     # (B * M, D, Q, 1)
     grad = grad_output.to(dtype).view(batch, num_queries, num_heads, head_size)
@@ -91,7 +91,6 @@ def ms_deform_attn_backward_reference(
         return stacked.movedim(3, 1).to(like.dtype).contiguous().view(like.shape)
 
     grad_value = torch.cat(grad_values, 2).view(batch, num_heads, head_size, -1)
-    assert num_points == grad_weights[0].shape[-1]
     return (
         grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
         by_query(grad_locations, sampling_locations),

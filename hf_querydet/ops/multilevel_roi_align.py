@@ -6,7 +6,8 @@ A bin is the mean of a few samples, so that it is deformable attention with fixe
 weights, and the kernels of :mod:`hf_querydet.ops.deformable_attention_op` do the work. Samples on
 levels that a box does not read are placed outside, where they cost nothing. As an operator of its
 own it is a single node of compiled and exported graphs, keeps boxes and no samples for the
-backward, and its operations can be counted.
+backward, and its operations can be counted. Only ONNX, which knows no operators of ours, gets the
+plain PyTorch of the samples and of the attention.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hf_querydet.ops.deformable_attention_op import alert_not_deterministic, refuse_forward_mode
+from hf_querydet.ops.deformable_attention_op import (
+    alert_not_deterministic,
+    choose_backward,
+    choose_forward,
+    is_in_onnx_export,
+    ms_deform_attn,
+    refuse_forward_mode,
+)
 
 OUTSIDE = -1.0
 
@@ -60,15 +68,14 @@ def multilevel_roi_align(
             f"strides must be one per level, got {len(strides)} for {len(spatial_shapes)}."
         )
     refuse_forward_mode("multilevel_roi_align", tokens)
-    return _forward(
-        tokens,
-        [side for level in spatial_shapes for side in level],
-        boxes_xyxy.detach().to(torch.promote_types(tokens.dtype, torch.float32)),
-        level_indices,
-        [float(stride) for stride in strides],
-        output_size,
-        sampling_ratio,
-    )
+    sizes = [side for level in spatial_shapes for side in level]
+    boxes = boxes_xyxy.detach().to(torch.promote_types(tokens.dtype, torch.float32))
+    options = ([float(stride) for stride in strides], output_size, sampling_ratio)
+    if is_in_onnx_export():
+        samples = _samples(sizes, boxes, level_indices, *options)
+        pooled = ms_deform_attn(tokens[:, :, None], spatial_shapes, *samples)
+        return pooled.unflatten(1, (boxes.shape[1], output_size**2))
+    return _forward(tokens, sizes, boxes, level_indices, *options)
 
 
 def _samples(
@@ -87,7 +94,8 @@ def _samples(
     def place(low: Tensor, high: Tensor, level_sizes: Sequence[int]) -> Tensor:
         """Where samples lie along one axis, (B, N, bins per side, L, samples per bin and side)."""
         position = low[..., None] + (high - low)[..., None] * steps
-        length = boxes.new_tensor(level_sizes)[:, None]
+        # Not new_tensor of them all: exporters would take sizes that are open for constants.
+        length = torch.stack([boxes.new_full((1,), size) for size in level_sizes])
         cell = position[:, :, None] / boxes.new_tensor(strides)[:, None] - 0.5
         is_inside = (cell >= -1) & (cell <= length) & is_read[..., None]
         location = (cell.clamp(min=0).minimum(length - 1) + 0.5) / length
@@ -115,7 +123,7 @@ def _forward(
     sampling_ratio: int,
 ) -> Tensor:
     samples = _samples(sizes, boxes, level_indices, strides, output_size, sampling_ratio)
-    pooled = torch.ops.hf_querydet.ms_deform_attn(tokens[:, :, None], sizes, *samples)
+    pooled = choose_forward(tokens[:, :, None], sizes, *samples)
     return pooled.unflatten(1, (boxes.shape[1], output_size**2))
 
 
@@ -144,9 +152,7 @@ def _backward(
     sampling_ratio: int,
 ) -> Tensor:
     samples = _samples(sizes, boxes, level_indices, strides, output_size, sampling_ratio)
-    gradients = torch.ops.hf_querydet.ms_deform_attn_backward(
-        gradient.flatten(1, 2), tokens[:, :, None], sizes, *samples
-    )
+    gradients = choose_backward(gradient.flatten(1, 2), tokens[:, :, None], sizes, *samples)
     return gradients[0].squeeze(2)
 
 
@@ -180,7 +186,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.hf_querydet.multilevel_roi_align)
-def _flops(
+def _forward_flops(
     tokens_shape: torch.Size,
     sizes: Sequence[int],
     boxes_shape: torch.Size,
@@ -194,3 +200,9 @@ def _flops(
     """Four corners per sample and channel, a multiplication and an addition each."""
     num_samples = boxes_shape[0] * boxes_shape[1] * (output_size * sampling_ratio) ** 2
     return 8 * num_samples * tokens_shape[2]
+
+
+@register_flop_formula(torch.ops.hf_querydet.multilevel_roi_align_backward)
+def _backward_flops(gradient_shape: torch.Size, *args: object, **kwargs: object) -> int:
+    """As forward, once for the products with the tokens and once for their gradient."""
+    return 2 * _forward_flops(*args)

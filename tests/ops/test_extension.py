@@ -1,7 +1,8 @@
+import errno
+import fcntl
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -124,19 +125,67 @@ def test_two_processes_that_start_together_build_once(library, fake_compiler, ca
     assert "fake" not in (directory / "build.log").read_text().splitlines()[0]
 
 
-def test_build_without_locks_leaves_another_alone(untried, library, monkeypatch):
-    def refuse(file, operation):
-        raise OSError("no locks here")
+def test_cache_without_locks_gets_its_library_from_a_build_elsewhere(
+    untried, library, fake_compiler, cache, monkeypatch
+):
+    """As on some network file systems; torch, too, locks the directory in which it builds."""
+    lock = fcntl.flock
 
-    def compile_at_once(device_type, workspace):
-        return Path(shutil.copy(library, workspace)), "report"
+    def refuse_in_cache(file, operation):
+        descriptor = file if isinstance(file, int) else file.fileno()
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(cache):
+            raise OSError(errno.ENOLCK, "No locks available")
+        lock(file, operation)
 
-    monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr(extension, "_compile", compile_at_once)
-    other = extension.build_directory("cpu") / "build-of-another-process"
-    other.mkdir(parents=True)
+    monkeypatch.setattr(fcntl, "flock", refuse_in_cache)
+    fake_compiler(copy_of(library))
+    assert extension.load("cpu"), extension.state_of("cpu").reason
+    (directory,) = cache.iterdir()
+    assert (directory / library.name).read_bytes() == library.read_bytes()
+    assert not list(directory.glob("build-*"))
+
+
+def test_only_old_left_overs_are_deleted(untried, library, fake_compiler):
+    fake_compiler(copy_of(library))
+    young, old = (extension.build_directory("cpu") / f"build-{name}" for name in ("young", "old"))
+    for left_over, seconds in ((young, 3500), (old, 3700)):
+        left_over.mkdir(parents=True)
+        os.utime(left_over, (time.time() - seconds,) * 2)
     assert extension.load("cpu")
-    assert other.is_dir()
+    assert young.is_dir(), "another machine may be building there"
+    assert not old.exists()
+
+
+def test_library_is_on_the_disk_before_it_has_its_name(
+    untried, library, fake_compiler, monkeypatch
+):
+    steps = []
+    replace = os.replace
+
+    def note_fsync(descriptor):
+        steps.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def note_replace(source, target):
+        steps.append(("replace", Path(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    fake_compiler(copy_of(library))
+    assert extension.load("cpu"), extension.state_of("cpu").reason
+    (fsync, fsynced), (_, replaced) = steps
+    assert fsync == "fsync"
+    assert fsynced == replaced
+
+
+def test_broken_library_is_built_again(untried, library, fake_compiler):
+    calls = fake_compiler(copy_of(library))
+    broken = extension.build_directory("cpu") / library.name
+    broken.parent.mkdir(parents=True)
+    broken.touch()  # what a crash leaves of a file that had not reached the disk
+    assert extension.load("cpu"), extension.state_of("cpu").reason
+    assert broken.read_bytes() == library.read_bytes()
+    assert num_links(calls) == 1
 
 
 def test_killed_build_heals(library, fake_compiler, cache):
@@ -152,7 +201,6 @@ def test_killed_build_heals(library, fake_compiler, cache):
     fake_compiler(copy_of(library))
     output, error = start().communicate()
     assert output == "loaded\n", error
-    assert not list(cache.glob("*/build-*"))
 
 
 def test_complete_build_is_loaded_from_a_cache_without_write_permission(
@@ -191,7 +239,18 @@ def no_ninja(monkeypatch, fake_compiler):
 
 def no_writable_cache(monkeypatch, fake_compiler):
     monkeypatch.setenv("HF_QUERYDET_CACHE", "/proc/nowhere")  # not writable even for root
-    return "/proc/nowhere"
+    return "/proc/nowhere.*; set HF_QUERYDET_CACHE to a directory where"
+
+
+def no_lock_file(monkeypatch, fake_compiler):
+    (extension.build_directory("cpu") / "lock").mkdir(parents=True)
+    return "Is a directory.*; set HF_QUERYDET_CACHE to a directory where"
+
+
+def compiler_that_does_not_run(monkeypatch, fake_compiler):
+    fake_compiler("true")
+    Path(os.environ["CXX"]).write_text("#!/bin/sh\necho no cc1plus >&2; exit 7\n")
+    return r"c\+\+ --version` ends with status 7; .* set CXX for another. It says: no cc1plus"
 
 
 def broken_compiler(monkeypatch, fake_compiler):
@@ -209,7 +268,10 @@ def no_sources(monkeypatch, fake_compiler):
     return "kernel sources are neither in /nowhere/hf_querydet/_csrc nor in /nowhere/csrc"
 
 
-FAILURES = [no_compiler, no_ninja, no_writable_cache, broken_compiler, unlike_library, no_sources]
+FAILURES = [
+    no_compiler, no_ninja, no_writable_cache, no_lock_file, compiler_that_does_not_run,
+    broken_compiler, unlike_library, no_sources,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -246,6 +308,17 @@ def test_compiler_output_is_in_the_error_and_the_log(untried, monkeypatch, fake_
     (log,) = cache.glob("*/build.log")
     assert "kaputt" in log.read_text()
     assert "the last build failed" in _describe_untried(monkeypatch)["reason"]
+
+
+def test_compiler_output_is_in_the_error_where_the_disk_is_full(
+    untried, monkeypatch, fake_compiler
+):
+    broken_compiler(monkeypatch, fake_compiler)
+    log = extension.build_directory("cpu") / "build.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    assert not extension.load("cpu")
+    assert "kaputt" in extension.state_of("cpu").reason
 
 
 def _describe_untried(monkeypatch):
@@ -336,6 +409,23 @@ def test_gpu_codes_are_named_as_torch_names_them(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("capability", "codes"),
+    [
+        ((9, 0), ("sm_90",)),
+        ((12, 0), ("sm_120",)),
+        ((12, 1), ("compute_120", "sm_120")),
+        ((13, 0), ("compute_120", "sm_120")),
+    ],
+)
+def test_gpu_that_is_newer_than_torch_gets_the_newest_code_of_torch(capability, codes, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(extension, "_gpu_capabilities", lambda: [capability])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90a", "sm_120"])
+    assert extension.gpu_codes() == codes
+    assert extension.covers(codes, capability)
+
+
+@pytest.mark.parametrize(
     ("codes", "capability", "expected"),
     [
         (["sm_80"], (8, 0), True),
@@ -373,6 +463,17 @@ def test_empty_variable_names_no_cache(variable, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "")
     assert extension.cache_root() == Path.home() / ".cache" / "hf_querydet"
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_empty_variable_names_no_cuda_toolkit(variable, tmp_path, monkeypatch):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "")
+    nvcc = tmp_path / "nvcc"
+    nvcc.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert extension._nvcc() == str(nvcc)
 
 
 # ---- modes and the command -----------------------------------------------------------------------
@@ -417,6 +518,15 @@ def test_command_builds_and_cleans(library, untried, fake_compiler, cache):
     result = run_command("--clean")
     assert f"deleted: {directory}" in result.output
     assert not list(cache.iterdir())
+
+
+def test_cleaning_leaves_what_is_no_build(cache):
+    build = cache / "kernels-cuda-0123456789abcdef"
+    others = [cache / "kernels-mine", cache / "kernels-cpu-0123456789abcdef-old", cache / "data"]
+    for directory in (build, *others):
+        directory.mkdir(parents=True)
+    assert extension.clean() == [build]
+    assert sorted(cache.iterdir()) == sorted(others)
 
 
 def test_command_reports_why_a_build_failed(untried, monkeypatch, fake_compiler):

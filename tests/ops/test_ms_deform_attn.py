@@ -288,6 +288,20 @@ def test_offsets_beyond_two_to_the_31_are_indexed_right(num_queries, device):
         del inputs
 
 
+def test_rows_beyond_two_to_the_24_are_indexed_right():
+    # As a float32 the height is one more, and the row below the last is the token after it.
+    height = 2**24 + 3
+    value = torch.empty(1, height + 1, 1, 16)  # a gigabyte, of which only the end is ever touched
+    value[0, -3:, 0] = torch.tensor([[2.0], [5.0], [float("nan")]])
+    locations = torch.ones(1, 1, 1, 2, 1, 2)
+    locations[0, 0, 0, 0] = torch.tensor([0.5, 1 - 2.0**-24])  # the greatest float below 1
+    locations[0, 0, 0, 1] = -1.0  # outside of the second level, which has the last token
+
+    output = compiled(value, [(height, 1), (1, 1)], locations, torch.ones(1, 1, 1, 2, 1))
+
+    assert output.tolist() == [[[5.0] * 16]]
+
+
 # ---- determinism ---------------------------------------------------------------------------------
 
 
@@ -386,8 +400,8 @@ def test_exported_operator_runs_where_nothing_is_compiled(monkeypatch):
     value, locations, weights = random_inputs(LEVELS)
     grad_output = torch.randn(2, 5, 12, dtype=torch.float64)
     arguments = (value, flat(LEVELS), locations, weights)
-    output = deformable_attention_op._forward_without_kernel(*arguments)
-    grads = deformable_attention_op._backward_without_kernel(grad_output, *arguments)
+    output = deformable_attention_op.choose_forward(*arguments)
+    grads = deformable_attention_op.choose_backward(grad_output, *arguments)
     expected = loop_oracle(value, LEVELS, locations, weights, grad_output)
     for result, oracle in zip((output, *grads), expected, strict=True):
         torch.testing.assert_close(result, oracle, rtol=1e-12, atol=1e-12)

@@ -1,9 +1,16 @@
+import io
 import math
+import warnings
+from unittest.mock import Mock
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
+from hf_querydet.ops import deformable_attention_op, extension
 from hf_querydet.ops.multilevel_roi_align import multilevel_roi_align
 
 SPATIAL_SHAPES = [(7, 9), (4, 5)]
@@ -109,6 +116,71 @@ def test_operator_keeps_the_contract_of_registered_operators():
         2,
     )
     torch.library.opcheck(torch.ops.hf_querydet.multilevel_roi_align.default, arguments)
+
+
+def test_flop_counter_counts_four_corners_per_sample_and_channel():
+    with FlopCounterMode(display=False) as counter:
+        pool(pyramid(requires_grad=True)).sum().backward()
+    num_samples, corners, multiply_add = 2 * 3 * 9 * 4, 4, 2
+    forward = num_samples * CHANNELS * corners * multiply_add
+    assert counter.get_total_flops() == forward + 2 * forward
+
+
+def test_no_kernel_runs_after_kernels_were_switched_off(monkeypatch):
+    assert extension.load("cpu"), extension.state_of("cpu").reason
+    monkeypatch.setenv("HF_QUERYDET_KERNELS", "off")
+    plain = ("ms_deform_attn_reference", "ms_deform_attn_backward_reference")
+    for name in plain:
+        function = getattr(deformable_attention_op, name)
+        monkeypatch.setattr(deformable_attention_op, name, Mock(wraps=function))
+    pool(pyramid(requires_grad=True)).sum().backward()
+    for name in plain:
+        getattr(deformable_attention_op, name).assert_called_once()
+
+
+class PoolFromMaps(torch.nn.Module):
+    """Takes maps, so that level sizes follow from shapes."""
+
+    def forward(self, fine, coarse, boxes, level_indices):
+        maps = (fine, coarse)
+        return multilevel_roi_align(
+            torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1),
+            [(level.shape[-2], level.shape[-1]) for level in maps],
+            boxes,
+            level_indices,
+            strides=STRIDES,
+            output_size=3,
+            sampling_ratio=2,
+        )
+
+
+def pooling_inputs(sizes, num_boxes):
+    maps = [torch.randn(2, CHANNELS, *size) for size in sizes]
+    boxes = torch.tensor(BOXES)[:, :num_boxes]
+    return *maps, boxes, torch.tensor(LEVELS)[:, :num_boxes]
+
+
+def test_onnx_runtime_pools_as_torch_does_in_every_size():
+    free = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            PoolFromMaps(),
+            pooling_inputs(SPATIAL_SHAPES, 3),
+            dynamic_shapes=({2: free, 3: free}, {2: free, 3: free}, {1: free}, {1: free}),
+            dynamo=True,
+            verbose=False,
+        )
+    file = io.BytesIO()
+    program.save(file)
+    model = onnx.load_from_string(file.getvalue())
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    inputs = pooling_inputs([(6, 8), (3, 4)], 2)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    names = [argument.name for argument in session.get_inputs()]
+    (pooled,) = session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
+    expected = PoolFromMaps()(*inputs)
+    torch.testing.assert_close(torch.from_numpy(pooled), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.cuda
