@@ -57,7 +57,7 @@ def test_two_processes_write_the_files_of_one(workplace):
     debug_launcher(run_commands, args=(str(workplace), "together"), num_processes=2)
 
     alone, together = content(workplace / "alone"), content(workplace / "together")
-    assert len(alone) == 4 + 1 + len(SIZES)
+    assert len(alone) == 4 + 2 + len(SIZES)
     assert 0 < json.loads(alone["rows metrics.json"])["map"] < 1
     assert together.keys() == alone.keys()
     for name in alone:
