@@ -45,6 +45,7 @@ from hf_querydet.model_card import CardFacts, write_model_card
 from hf_querydet.recipe_utils import Recipe
 from hf_querydet.registration import load_config
 
+SHOWN_LABELS = 20
 LOGGED_TERMS = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
@@ -81,16 +82,11 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued."""
-        config, options = self.config, self.options
-        held_out = None
+        options, held_out = self.options, None
         if options.eval_fraction is not None:  # another draw would be trained on
             num_pictures = len(self.train_data) + len(self.eval_data)
             held_out = {"of": num_pictures, "fraction": options.eval_fraction, "seed": options.seed}
-        return {
-            "variant": config.model_type,
-            "labels": [config.id2label[label] for label in range(config.num_labels)],
-            "held-out part": held_out,
-        }
+        return training.run_facts(self.config, self.processor, held_out)
 
 
 def build_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -228,6 +224,9 @@ def build_dataloaders(
     is_stream = isinstance(train_data, IterableDataset)
     if is_stream:
         train_data = train_data.shuffle(seed=options.seed)
+    if is_stream and not options.skip_bad_images:
+        # Each process goes through the whole stream, and prepares its own share.
+        train_data, eval_data = train_data.deferred(), eval_data and eval_data.deferred()
     # What is left over is dropped, unless it is all there is.
     drop_last = is_stream or len(train_data) >= options.batch_size * accelerator.num_processes
     train_loader = DataLoader(
@@ -259,12 +258,15 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Run:
     set_seed(options.seed)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(options)
+    names = list(train_data.id2label.values())
+    more = ", ..." if len(names) > SHOWN_LABELS else ""
+    say(accelerator, f"{len(names)} labels: {', '.join(names[:SHOWN_LABELS])}{more}")
     model, processor, pretrained = build_model(options, accelerator, train_data.id2label)
     # The model's labels rule.
     train_data = train_data.with_labels(model.config.id2label)
     eval_data = eval_data and eval_data.with_labels(model.config.id2label)
     if not options.streaming:
-        evaluated = len(eval_data) if eval_data else "no"
+        evaluated = len(eval_data) if eval_data else "none"
         say(accelerator, f"{len(train_data)} pictures to train on, {evaluated} to evaluate on.")
     train_loader, eval_loader = build_dataloaders(
         options, accelerator, train_data, eval_data, processor

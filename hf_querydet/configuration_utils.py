@@ -1,8 +1,10 @@
 """What every detector's configuration has in common: the backbone, the matching and the loss."""
 
+import dataclasses
+import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
@@ -151,6 +153,24 @@ class DetectorConfig(PreTrainedConfig):
         return cls(**(defaults | fields))
 
     @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raise a ValueError for names that are no fields: transformers would just store them."""
+        known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+        known |= {"backbone", "use_timm_backbone", "backbone_kwargs", "num_labels", "id2label"}
+        known.add("transformers_version")  # of a stored configuration
+        unknown = sorted(set(names) - known)
+        if unknown:
+            near = [
+                match for name in unknown for match in difflib.get_close_matches(name, known, 1)
+            ]
+            hint = "see its docstring for those that it has."
+            if near:
+                hint = f"do you mean {', '.join(map(repr, near))}?"
+            raise ValueError(
+                f"{cls.__name__} has no fields {', '.join(map(repr, unknown))}; {hint}"
+            )
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> Any:
@@ -216,7 +236,12 @@ class DetectorConfig(PreTrainedConfig):
         is_foreign = file_type not in ("", self.model_type)
         if self.id2label is not None:
             if kwargs.get("num_labels") not in (None, len(self.id2label)):
-                # Another number of labels: the names that came with the file no longer apply.
+                # Another number of labels: the names that came with them no longer apply.
+                logger.warning(
+                    "num_labels=%s contradicts the %d names of id2label, which are left out.",
+                    kwargs["num_labels"],
+                    len(self.id2label),
+                )
                 self.id2label = self.label2id = None
             elif self.label2id is None:
                 self.label2id = {name: int(index) for index, name in self.id2label.items()}
@@ -314,6 +339,11 @@ class DetectorConfig(PreTrainedConfig):
                 f"got {self.frozen_backbone_stages}."
             )
         self.check_at_least_1("num_queries", "num_labels")
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ValueError(
+                f"id2label must number the labels from 0 to {self.num_labels - 1}, got "
+                f"{sorted(self.id2label)}."
+            )
         # Not every variant has all of these.
         sizes = ("encoder_ffn_dim", "decoder_ffn_dim")
         self.check_at_least_1(*(field for field in sizes if hasattr(self, field)))

@@ -75,6 +75,9 @@ SMALL_DECODER = {
 }
 # A detector that reads one map: at the last stage's stride of 32, small pictures have too few
 # cells, so that it reads the stage before.
+# Without an encoder, the four times as many cells of the one before that cost no more than the stage
+# left out.
+SMALL_BACKBONE_STRIDE_8 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [2]}}
 SMALL_BACKBONE_STRIDE_16 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [3]}}
 # Where the encoder attends to the whole picture. In its first steps a detector learns the average
 # box, and such an encoder comes to give all cells nearly the same content, from where it takes very

@@ -4,6 +4,7 @@ A new variant is one more row.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -297,14 +298,30 @@ def load_config(name_or_path: str | os.PathLike, **kwargs: Any) -> DetectorConfi
     return _stored_variant(name_or_path, hub_options).config.from_pretrained(name_or_path, **kwargs)
 
 
-def _stored_variant(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> Variant:
+def _check_source(name_or_path: str | os.PathLike) -> None:
+    """Raise for what is neither a directory nor a Hub id."""
+    if os.path.isfile(name_or_path):
+        raise OSError(f"{name_or_path} is a file; name its directory.")
     if not os.path.exists(name_or_path):
+        meant = {_plain(name): name for name in VARIANTS}.get(_plain(os.fspath(name_or_path)))
+        if meant is not None:
+            raise OSError(
+                f"{name_or_path} is no directory; do you mean the variant {meant}, a new detector?"
+            )
         try:
             validate_repo_id(os.fspath(name_or_path))
         except HFValidationError as error:
             raise OSError(
                 f"{name_or_path} is not a directory, and not a Hub id, which is NAME or OWNER/NAME."
             ) from error
+
+
+def _plain(name: str) -> str:
+    return re.sub("[-_ ]", "", name).lower()
+
+
+def _stored_variant(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> Variant:
+    _check_source(name_or_path)
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
     except OSError as error:

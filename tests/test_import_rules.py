@@ -75,7 +75,7 @@ MAY_IMPORT = {
     },
     "registration": {"models", *UTILS},
     "model_card": {"configuration_utils", "data", "evaluation", "registration", "visualization"},
-    "training": {"file_writing", *ABOVE_VARIANTS},
+    "training": {"configuration_utils", "file_writing", *ABOVE_VARIANTS},
     "visualization": {
         *ABOVE_VARIANTS,
         "file_writing",

@@ -1,5 +1,7 @@
 """What a user sees after ``import hf_querydet``."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -21,7 +23,16 @@ def run_python(code, **environment):
 
 
 def test_every_public_name_exists():
-    assert all(hasattr(hf_querydet, name) for name in hf_querydet.__all__)
+    names = [module.name for module in pkgutil.walk_packages(hf_querydet.__path__, "hf_querydet.")]
+    modules = [hf_querydet, *map(importlib.import_module, names)]
+    missing = [
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name in getattr(module, "__all__", ())
+        if not hasattr(module, name)
+    ]
+    assert len(modules) > 100
+    assert missing == []
 
 
 def test_import_is_silent_and_needs_no_compiler_and_no_network(tmp_path):
@@ -77,6 +88,18 @@ def test_load_detector_names_what_cannot_be_fetched_without_a_network(monkeypatc
         OSError, match="demo_x is no directory here, and as a Hub id it could not be"
     ):
         hf_querydet.load_detector("demo_x")
+
+
+@pytest.mark.parametrize("name", ["deformable-detr", "DeformableDETR", "Deformable DETR"])
+def test_a_variant_of_another_spelling_is_no_hub_id(name):
+    with pytest.raises(OSError, match="do you mean the variant deformable_detr, a new detector"):
+        hf_querydet.load_detector(name)
+
+
+def test_a_file_of_weights_is_no_directory(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(OSError, match="is a file; name its directory"):
+        hf_querydet.load_detector(tmp_path / "model.safetensors")
 
 
 def test_load_detector_says_that_there_is_no_such_directory(tmp_path):

@@ -78,9 +78,8 @@ def detect(
     """Find objects in pictures: boxes in a file, and drawn on copies of the pictures.
 
     A copy has the name of its picture, below the folder of results; what is there is replaced.
-    Files that cannot be read, and copies that cannot be written, are reported, and the exit code is
-    1. Runs on several GPUs or machines
-    under `accelerate launch -m hf_querydet detect ...`.
+    Files that cannot be read, and copies that cannot be written, are reported; the exit code is
+    then 1. Runs on several GPUs or machines under `accelerate launch -m hf_querydet detect ...`.
     """
     from hf_querydet.inference import (
         autocast,

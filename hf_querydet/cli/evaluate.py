@@ -80,7 +80,7 @@ def evaluate(
     The dataset's categories are joined to the model's labels by name. Runs on several GPUs or
     machines under `accelerate launch -m hf_querydet evaluate ...`.
     """
-    from hf_querydet.data import load_detection_dataset, parse_label_names
+    from hf_querydet.data import has_one_split, load_detection_dataset, parse_label_names
     from hf_querydet.evaluation import (
         CocoEvaluator,
         evaluate_detector,
@@ -120,7 +120,8 @@ def evaluate(
         raise ValueError(f"There are no pictures in {dataset}, {split}.")
     if not state.is_main_process:
         return
-    typer.echo(f"{len(evaluator)} pictures of {dataset}, {split}\n\n{format_table(metrics)}")
+    part = "all there are, in one split" if has_one_split(dataset) else split
+    typer.echo(f"{len(evaluator)} pictures of {dataset}, {part}\n\n{format_table(metrics)}")
     if output is not None:
         evaluator.write_coco_results(output)
         typer.echo(f"\npredictions: {output}")

@@ -177,7 +177,7 @@ def _config(
 ) -> DetectorConfig:
     """The configuration: what is said, else what tensors tell, else what the options say."""
     possible = {field.name for field in fields(row.config)}
-    overrides = _checked_overrides(overrides, row, possible)
+    overrides = _checked_overrides(overrides, row)
     options = {
         name: value
         for option, names in row.authors.arguments.items()
@@ -202,9 +202,7 @@ def _config(
         ) from error
 
 
-def _checked_overrides(
-    overrides: dict[str, Any], row: Variant, possible: set[str]
-) -> dict[str, Any]:
+def _checked_overrides(overrides: dict[str, Any], row: Variant) -> dict[str, Any]:
     model_type = overrides.pop("model_type", row.config.model_type)
     if model_type.removeprefix(MODEL_TYPE_PREFIX) != row.config.model_type.removeprefix(
         MODEL_TYPE_PREFIX
@@ -215,14 +213,7 @@ def _checked_overrides(
         )
     # Follows from the names of labels, wherever they come from.
     overrides.pop("label2id", None)
-    possible = possible | set(row.config.attribute_map) | {"transformers_version"}
-    possible |= {"backbone", "use_timm_backbone", "backbone_kwargs", "num_labels", "id2label"}
-    unknown = sorted(set(overrides) - possible)
-    if unknown:
-        raise ValueError(
-            f"{row.config.__name__} has no fields {', '.join(map(repr, unknown))}; see its "
-            "docstring for those that it has."
-        )
+    row.config.check_names(overrides)
     return overrides
 
 

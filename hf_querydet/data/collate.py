@@ -1,6 +1,6 @@
 """Single items to a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_querydet.image_processing_utils import DetectionImageProcessor
@@ -18,12 +18,15 @@ class DetectionCollator:
     def __init__(self, processor: DetectionImageProcessor):
         self.processor = processor
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(
+        self, items: Sequence[Mapping[str, Any] | Callable[[], Mapping[str, Any]]]
+    ) -> dict[str, Any]:
         """Make a batch.
 
         Args:
             items: Each ``{"pixel_values": (3, height, width), "labels": {...}}``, as a dataset
-                gives them after ``with_processor``.
+                gives them after ``with_processor``, or a function that prepares it, as a stream
+                gives them after ``deferred``.
 
         Returns:
             ``pixel_values`` (batch, 3, height, width), padded with 0 at the bottom and right,
@@ -33,6 +36,7 @@ class DetectionCollator:
         Raises:
             ValueError: If the items hold no ``pixel_values``.
         """
+        items = [item() if callable(item) else item for item in items]
         if any("pixel_values" not in item for item in items):
             raise ValueError(
                 f"items must have pixel_values, got {sorted(items[0])}; call "

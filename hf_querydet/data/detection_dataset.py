@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -274,6 +275,7 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
         super().__init__(rows, reader)
         self._rank, self._num_processes, self._batch_size = 0, 1, 1
         self._skip_list = _SkipList() if skip_bad_images else None
+        self._defers = False
 
     @property
     def skipped(self) -> list[str]:
@@ -302,6 +304,21 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
         super().set_epoch(epoch)
         self.rows.set_epoch(epoch)
 
+    def deferred(self) -> Self:
+        """A copy whose items are prepared when :class:`DetectionCollator` makes a batch of them.
+
+        accelerate lets every process go through the whole stream and keep its share: so the
+        pictures of others are neither decoded nor prepared.
+
+        Raises:
+            ValueError: If bad images are skipped, which shows when they are read.
+        """
+        if self._skip_list is not None:
+            raise ValueError("deferred and skip_bad_images=True exclude each other.")
+        other = copy.copy(self)
+        other._defers = True
+        return other
+
     def split_by_process(self, rank: int, num_processes: int, *, batch_size: int) -> Self:
         """A copy with the share of one process; see :meth:`DetectionDataset.split_by_process`.
 
@@ -312,14 +329,18 @@ class IterableDetectionDataset(_DetectionRows, torch.utils.data.IterableDataset)
         other._rank, other._num_processes, other._batch_size = rank, num_processes, batch_size
         return other
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | Callable[[], dict[str, Any]]]:
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for count, row in enumerate(self.rows):
             if count // self._batch_size % self._num_processes != self._rank:
                 continue
+            row_number = worker_id + count * num_workers
+            if self._defers:
+                yield functools.partial(self._item, row, row_number)
+                continue
             try:
-                yield self._item(row, worker_id + count * num_workers)
+                yield self._item(row, row_number)
             except BadExampleError as error:
                 if self._skip_list is None:
                     raise

@@ -69,8 +69,8 @@ class LabelTable:
         if missing:
             raise ValueError(
                 f"id2label of the model lacks {len(missing)} of the dataset's names: {missing}. "
-                "Rename them with label_names, or give the model the dataset's labels and a new "
-                "class head: load it with hf_querydet.load_detector_for_labels."
+                "Rename them with label_names (--label-names), or give the model the dataset's "
+                "labels and a new class head: load it with hf_querydet.load_detector_for_labels."
             )
         joined = {category: model.label2id[name] for category, name in names.items()}
         return LabelTable(model.id2label, joined)

@@ -169,6 +169,16 @@ def check_splits_differ(name_or_path: str | Path, *, train_split: str, eval_spli
         )
 
 
+def has_one_split(name_or_path: str | Path) -> bool:
+    """Whether it is a single folder or json, whose pictures are read whatever split is asked for.
+
+    Args:
+        name_or_path: As for :func:`load_detection_dataset`.
+    """
+    sources = [_find_source(str(name_or_path), split) for split in ("train", "validation")]
+    return sources[0] is not None and sources[0] == sources[1]
+
+
 def _find_source(name_or_path: str, split: str) -> Path | None:
     """The COCO json or picture folder that a split is read from; None for what `datasets` loads."""
     path = _local_path(name_or_path, split)
@@ -214,6 +224,13 @@ def _load_rows(
     except DatasetGenerationError as error:
         hint = name_other_format(path) or f" {error.__cause__ or error}"
         raise ValueError(f"{name_or_path} cannot be read.{hint}") from error
+    except OSError as error:  # of `datasets`, which asks the Hub for what is not here
+        if path.exists():
+            raise
+        raise FileNotFoundError(
+            f"{name_or_path} is no folder or file here, and as a dataset of the Hub it could not "
+            f"be fetched: {error}"
+        ) from error
     except ValueError as error:
         if not path.exists():
             raise

@@ -12,7 +12,6 @@ from hf_querydet.inference.picture_files import PictureFile, list_pictures
 from hf_querydet.inference.result_files import result_writer
 
 __all__ = [
-    "RESULT_FILES",
     "FileDetections",
     "PictureFile",
     "autocast",

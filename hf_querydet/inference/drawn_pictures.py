@@ -11,15 +11,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from hf_querydet.file_writing import partial_path
 from hf_querydet.image_processing_utils import DetectionImageProcessor
 from hf_querydet.inference.file_detection import OnDetected
-from hf_querydet.inference.picture_files import PictureFile, list_pictures
+from hf_querydet.inference.picture_files import DRAWN_MARKER, PictureFile, list_pictures
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.visualization import draw_detections, explain
 
 QUALITY = 95  # of JPEG and WebP
 OTHER_SUFFIX = ".png"
 EXPLANATION_SUFFIX = ".explanation.png"
-# In a folder with drawn pictures: nobody's originals are there.
-DRAWN_MARKER = ".drawn_by_hf_querydet"
 
 
 def picture_drawer(

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+# In a folder with drawn pictures: nobody's originals are there.
+DRAWN_MARKER = ".drawn_by_hf_querydet"
+
 
 @dataclass(frozen=True)
 class PictureFile:
@@ -28,9 +31,10 @@ def list_pictures(
     """List the pictures below a folder, or the one that is given.
 
     In the order of their names, the files of a folder before its subfolders, which is the same on
-    every machine. Hidden files and folders, links to folders, and files without one of the usual
-    extensions (:data:`torchvision.datasets.folder.IMG_EXTENSIONS`) are left out. Only the names of
-    one folder at a time are held.
+    every machine. Hidden files and folders, links to folders, subfolders with drawn copies of an
+    earlier run, and files without one of the usual extensions
+    (:data:`torchvision.datasets.folder.IMG_EXTENSIONS`) are left out. Only the names of one folder
+    at a time are held.
 
     Args:
         source: A folder, or one picture, whatever its extension.
@@ -61,5 +65,7 @@ def _walk(folder: Path, prefix: str, excluded: Path | None) -> Iterator[PictureF
     for name in sorted(names):
         yield PictureFile(folder / name, prefix + name)
     for name in sorted(subfolders):
-        if excluded is None or (folder / name).resolve() != excluded:
-            yield from _walk(folder / name, f"{prefix}{name}/", excluded)
+        subfolder = folder / name
+        if (subfolder / DRAWN_MARKER).exists() or subfolder.resolve() == excluded:
+            continue
+        yield from _walk(subfolder, f"{prefix}{name}/", excluded)

@@ -23,6 +23,7 @@ from hf_querydet.training.run_directory import (
     list_checkpoints,
     open_run_directory,
     rename_checkpoint,
+    run_facts,
     save_checkpoint,
 )
 from hf_querydet.training.weight_average import weight_average
@@ -47,6 +48,7 @@ __all__ = [
     "parse_options",
     "prepare_repository",
     "rename_checkpoint",
+    "run_facts",
     "save_checkpoint",
     "shown_command",
     "shown_options",

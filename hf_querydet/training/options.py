@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         action=flag,
         help="start a new detector from the published weights of its backbone, as in the papers",
     )
-    add("--shortest-edge", type=int, help="picture size; unset: the model's or the recipe's")
-    add("--longest-edge", type=int, help="limit for the longer side; unset: as above")
+    add("--shortest-edge", type=_positive, help="picture size; unset: the model's or the recipe's")
+    add("--longest-edge", type=_positive, help="limit for the longer side; unset: as above")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -94,10 +95,10 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add("--streaming", action=flag, default=False, help="read a Hub dataset while training")
     add("--skip-bad-images", action=flag, default=False, help="leave out what cannot be read")
     add("--augment", action=flag, default=True, help="flip, scale and crop as in the papers")
-    add("--flip-probability", type=float, default=0.5, help="0 where left and right matter")
+    add("--flip-probability", type=_probability, default=0.5, help="0 where left and right matter")
     add("--multi-scale", action=flag, default=True, help="scales from 0.6 to 1, when augmenting")
     add("--random-crop", action=flag, default=True, help="of half of the pictures, as above")
-    add("--num-workers", type=int, default=2, help="processes that prepare pictures")
+    add("--num-workers", type=_count, default=2, help="processes that prepare pictures")
 
 
 def _add_optimization_options(group: argparse._ArgumentGroup) -> None:
@@ -106,12 +107,12 @@ def _add_optimization_options(group: argparse._ArgumentGroup) -> None:
     add("--max-train-steps", type=_positive, help="ends the run earlier; needed when streaming")
     add("--batch-size", type=_positive, help="pictures per process and step; 4 with --recipe paper")
     add("--gradient-accumulation", type=_positive, default=1, help="batches per optimizer step")
-    add("--learning-rate", type=float, help="of most parameters")
-    add("--backbone-factor", type=float, help="on its learning rate; 1 if it starts random")
-    add("--weight-decay", type=float, help="on all parameters")
-    add("--max-grad-norm", type=_norm, help="gradients are clipped to it; 0: they are not")
+    add("--learning-rate", type=_not_negative, help="of most parameters")
+    add("--backbone-factor", type=_not_negative, help="on its learning rate; 1 if it starts random")
+    add("--weight-decay", type=_not_negative, help="on all parameters")
+    add("--max-grad-norm", type=_not_negative, help="gradients are clipped to it; 0: they are not")
     add("--schedule", choices=["step", "cosine"], help="of the learning rate")
-    add("--warmup-steps", type=int, help="steps of linear warm-up")
+    add("--warmup-steps", type=_count, help="steps of linear warm-up")
     add("--ema-decay", type=float, help="evaluate and save a moving average of the weights")
     add("--early-stopping", type=_positive, metavar="EPOCHS", help="end after so many without gain")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="unset: the launcher's, or no")
@@ -135,7 +136,12 @@ def _add_hub_options(group: argparse._ArgumentGroup) -> None:
     add("--hub-revision", help="branch to upload to")
     add("--hub-token", help="unset: HF_TOKEN, or that of `hf auth login`, which are better places")
     add("--license", help="licence of the model in its card, e.g. apache-2.0")
-    add("--card-pictures", type=int, default=3, help="evaluation pictures shown in the model card")
+    add(
+        "--card-pictures",
+        type=_count,
+        default=3,
+        help="evaluation pictures shown in the model card",
+    )
 
 
 def _positive(text: str) -> int:
@@ -152,10 +158,24 @@ def _fraction(text: str) -> float:
     return number
 
 
-def _norm(text: str) -> float:
+def _probability(text: str) -> float:
     number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, where 0 clips nothing, got {text}")
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
     return number
 
 
@@ -211,6 +231,10 @@ def fill_from_recipe(options: argparse.Namespace, variant: Variant) -> Recipe:
 
     Returns:
         The recipe that ``options.recipe`` names, for what no option stands for.
+
+    Raises:
+        ValueError: If a model option is no field of the variant's configuration, or the longest
+            edge is below the shortest.
     """
     recipe = variant.recipe
     given = {name: value for name, value in vars(options).items() if value is not None}
@@ -234,6 +258,15 @@ def fill_from_recipe(options: argparse.Namespace, variant: Variant) -> Recipe:
         "schedule": recipe.schedule,
     }
     vars(options).update(values | given)
+    try:
+        variant.config.check_names(options.model_option)
+    except ValueError as error:
+        raise ValueError(f"--model-option: {error}") from error
+    if options.longest_edge and options.longest_edge < (options.shortest_edge or 0):
+        raise ValueError(
+            f"--longest-edge {options.longest_edge} is below --shortest-edge "
+            f"{options.shortest_edge}."
+        )
     return recipe
 
 

@@ -1,8 +1,10 @@
 """Files of a run: models and checkpoints that are there complete or not at all."""
 
+import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,15 +12,26 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.file_writing import (
     PARTIAL_SUFFIX,
     PREVIOUS_SUFFIX,
     finish_directory,
     write_json,
 )
+from hf_querydet.image_processing_utils import DetectionImageProcessor
 
 CHECKPOINTS = "checkpoints"
 FACTS = "facts.json"
+# Of a backbone's configuration.
+BACKBONE_FACTS = ("model_type", "backbone", "name_or_path", "out_indices", "output_stride")
+# Fields that a run may go on with when they change, and those of transformers, by their endings.
+CHANGEABLE_FIELDS = (
+    *("dropout", "_cost", "_coefficient", "focal_alpha", "auxiliary_loss"),
+    *("use_pretrained_backbone", "transformers_version", "architectures", "dtype", "id2label"),
+    *("label2id", "problem_type", "output_hidden_states", "return_dict", "is_encoder_decoder"),
+    *("output_attentions", "chunk_size_feed_forward"),
+)
 NUM_CHECKPOINTS_KEPT = 2
 
 
@@ -36,8 +49,10 @@ def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | 
 
     Raises:
         FileExistsError: If there are models or checkpoints of another run.
+        OSError: If nothing can be written there.
     """
     directory = Path(directory)
+    _try_to_write(directory)
     checkpoints = list_checkpoints(directory / CHECKPOINTS)
     if not resume:
         if checkpoints:
@@ -58,6 +73,18 @@ def open_run_directory(directory: str | os.PathLike, *, resume: bool) -> Path | 
             if not model.exists():
                 previous.rename(model)
     return checkpoints[-1] if checkpoints else None
+
+
+def _try_to_write(directory: Path) -> None:
+    """Raise if a directory cannot be made or written; nothing is left of the attempt."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--output-dir {directory} cannot be written ({error}); choose another directory."
+        ) from error
 
 
 def save_checkpoint(
@@ -91,6 +118,35 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def run_facts(
+    config: DetectorConfig, processor: DetectionImageProcessor, held_out: Any = None
+) -> dict[str, Any]:
+    """What :func:`save_checkpoint` keeps of a run and :func:`check_facts` compares.
+
+    All that decides what the weights mean: variant, labels, picture size, and fields of the
+    configuration. Dropout, and what belongs to the loss, may change in the middle of a run.
+
+    Args:
+        config: Of the model.
+        processor: Its image processor.
+        held_out: Which part of the training split is evaluated on, plain values; None if none is.
+    """
+    fields = config.to_dict()
+    backbone = fields.pop("backbone_config")
+    return {
+        "variant": config.model_type,
+        "labels": [config.id2label[label] for label in range(config.num_labels)],
+        "held-out part": held_out,
+        "picture size": {name: edge for name, edge in dict(processor.size).items() if edge},
+        "backbone": {name: backbone.get(name) for name in BACKBONE_FACTS},
+        **{
+            field.name: fields[field.name]
+            for field in dataclasses.fields(config)
+            if field.name in fields and not field.name.endswith(CHANGEABLE_FIELDS)
+        },
+    }
+
+
 def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of a run that this one does not continue.
 
@@ -106,11 +162,11 @@ def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """
     saved = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
     for name, value in facts.items():
-        if saved[name] != value:
+        if saved.get(name) != json.loads(json.dumps(value)):
             raise ValueError(
-                f"{name} of {checkpoint}: {saved[name]}, now: {value}. Resume with the model, "
-                "labels and held-out pictures of before, or begin a new run in another "
-                "--output-dir."
+                f"{name} of {checkpoint}: {saved.get(name)}, now: {value}. Resume with the model, "
+                "labels, picture size and held-out pictures of before, or begin a new run in "
+                "another --output-dir."
             )
 
 

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from detection_data import OBJECTS, SIZES, write_coco, write_image_folder, write_picture
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -425,6 +426,46 @@ def test_workers_share_a_stream_without_repeating_rows_or_ids(stream_without_ids
     assert sorted(item["image"].width for item in items) == list(range(20, 27))
     ids = [item["annotations"]["image_id"] for item in items]
     assert len(set(ids)) == 7
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_deferred_stream_is_prepared_in_the_share_of_each_process(
+    stream_without_ids, processor, num_workers, tmp_path
+):
+    def note(picture, target):
+        with (tmp_path / "prepared").open("a") as file:
+            file.write(f"{picture.shape[-1]} ")
+        return picture, target
+
+    def run(dataset, process_index):
+        (tmp_path / "prepared").write_text("")
+        shard = IterableDatasetShard(
+            dataset, batch_size=2, num_processes=2, process_index=process_index, drop_last=True
+        )
+        collator = DetectionCollator(processor)
+        batches = list(DataLoader(shard, 2, num_workers=num_workers, collate_fn=collator))
+        return batches, sorted((tmp_path / "prepared").read_text().split())
+
+    stream = stream_without_ids.with_processor(processor, note)
+    for process_index in range(2):
+        expected, all_widths = run(stream, process_index)
+        batches, widths = run(stream.deferred(), process_index)
+        assert batches
+        assert len(widths) == sum(len(batch["labels"]) for batch in batches) < len(all_widths)
+        for batch, other in zip(batches, expected, strict=True):
+            assert torch.equal(batch["pixel_values"], other["pixel_values"])
+
+
+def test_a_stream_that_skips_cannot_be_deferred(folder_with_bad_rows):
+    stream = load_detection_dataset(
+        folder_with_bad_rows,
+        split="train",
+        streaming=True,
+        label_names=NAMES,
+        skip_bad_images=True,
+    )
+    with pytest.raises(ValueError, match="deferred and skip_bad_images=True exclude each other"):
+        stream.deferred()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -578,6 +578,14 @@ def test_boxes_of_a_turned_picture_are_compared_with_its_upright_size(tmp_path):
     assert load_detection_dataset(folder, split="train")[0]["image"].size == (43, 61)
 
 
+def test_a_path_that_is_not_there_is_said_not_to_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    message = "pets/dgs is no folder or file here, and as a dataset of the Hub it could not be"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_detection_dataset("pets/dgs", split="train")
+
+
 def test_an_unknown_box_format_is_an_error(image_folder):
     with pytest.raises(ValueError, match="box_format must be 'xywh' or 'xyxy', got 'cxcywh'"):
         load_detection_dataset(image_folder, split="train", box_format="cxcywh")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_querydet.data import check_splits_differ
+from hf_querydet.data import check_splits_differ, has_one_split
 
 SPLITS = {"train_split": "train", "eval_split": "validation"}
 
@@ -34,6 +34,14 @@ def test_folders_below_one_metadata_file_are_two_splits(tmp_path):
     names = ["train/a.jpg", "validation/b.jpg"]
     (tmp_path / "metadata.jsonl").write_text("".join(f'{{"file_name": "{n}"}}\n' for n in names))
     check_splits_differ(tmp_path, **SPLITS)
+
+
+def test_a_single_folder_has_one_split(tmp_path):
+    touch(tmp_path / "one" / "metadata.jsonl", tmp_path / "two" / "train" / "metadata.jsonl")
+    touch(tmp_path / "two" / "validation" / "metadata.jsonl")
+    assert has_one_split(tmp_path / "one")
+    assert not has_one_split(tmp_path / "two")
+    assert not has_one_split("someone/pets")
 
 
 def test_same_name_is_a_choice(tmp_path):

@@ -28,6 +28,12 @@ def test_every_step_is_logged_and_metrics_are_saved(run):
     assert {f"map_50/{shape}" for shape in SHAPES} <= set(metrics)
 
 
+def test_labels_and_numbers_of_pictures_are_said_before_training(run):
+    said, _, _ = run[0].partition("step 1/")
+    assert f"{len(SHAPES)} labels: {', '.join(sorted(SHAPES))}\n" in said
+    assert re.search(r"\d+ pictures to train on, \d+ to evaluate on\.\n", said)
+
+
 def test_log_shows_the_speed(run):
     assert re.search(r"step 1/12 .* \d+\.\d pictures/s, \d+% waiting for them\n", run[0])
 

@@ -6,7 +6,13 @@ import torch
 from PIL import Image
 from saved_detector import build_detector
 
-from hf_querydet.inference import PictureFile, drawn_path, picture_drawer, picture_explainer
+from hf_querydet.inference import (
+    PictureFile,
+    drawn_path,
+    list_pictures,
+    picture_drawer,
+    picture_explainer,
+)
 from hf_querydet.visualization import explain
 
 WHITE = torch.full((3, 500, 600), 255, dtype=torch.uint8)
@@ -35,6 +41,15 @@ def test_copy_has_the_name_and_format_of_its_picture(tmp_path, name, picture_for
     assert (pixels[430:, 330:] > 250).all()
     files = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {tmp_path / name, tmp_path / ".drawn_by_hf_querydet"}
+
+
+def test_drawn_copies_are_no_pictures_of_the_folder_above(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(path)
+    picture_drawer(tmp_path / "out", {1: "cat"})(PictureFile(path, "a.png"), WHITE, FOUND)
+
+    assert [file.name for file in list_pictures(tmp_path)] == ["a.png"]
+    assert [file.name for file in list_pictures(tmp_path / "out")] == ["a.png"]
 
 
 def test_unusual_extension_gets_another(tmp_path):

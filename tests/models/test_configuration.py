@@ -18,6 +18,23 @@ def labels_of(config: DETRConfig) -> tuple[int, dict[int, str], dict[str, int]]:
     return config.num_labels, config.id2label, config.label2id
 
 
+# Labels
+
+
+@pytest.mark.parametrize("id2label", [{1: "cat", 2: "dog"}, {0: "cat", 2: "dog"}])
+def test_labels_that_do_not_count_from_0_are_an_error(id2label):
+    message = r"id2label must number the labels from 0 to 1, got \[[01], 2\]"
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        DETRConfig(id2label=id2label)
+
+
+def test_number_of_labels_that_contradicts_their_names_is_mentioned(caplog):
+    config = DETRConfig(id2label={0: "cat", 1: "dog"}, num_labels=7)
+
+    assert config.num_labels == 7
+    assert "num_labels=7 contradicts the 2 names of id2label" in caplog.text
+
+
 # Backbone
 
 

@@ -1,6 +1,7 @@
 """Options that contradict each other, and what others may see of them."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,14 @@ def parse(*words):
         (["--push-every-epoch"], "--push-every-epoch needs --push-to-hub REPO_ID"),
         (["--hub-token", "hf_secret"], "--hub-token needs --push-to-hub REPO_ID"),
         (["--recipe", "small", "--model", "me/it"], "--model must be one of detr, "),
-        (["--max-grad-norm", "-1"], "--max-grad-norm: must be at least 0, where 0 clips nothing"),
-        (["--max-grad-norm", "nan"], "must be at least 0, where 0 clips nothing, got nan"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm: must be a finite number of at least 0"),
+        (["--max-grad-norm", "nan"], "must be a finite number of at least 0, got nan"),
+        (["--learning-rate", "-0.001"], "--learning-rate: must be a finite number of at least 0"),
+        (["--weight-decay", "inf"], "--weight-decay: must be a finite number of at least 0"),
+        (["--flip-probability", "3"], "--flip-probability: must be between 0 and 1, got 3"),
+        (["--num-workers", "-2"], "--num-workers: must be at least 0, got -2"),
+        (["--warmup-steps", "-1"], "--warmup-steps: must be at least 0, got -1"),
+        (["--shortest-edge", "0"], "--shortest-edge: must be at least 1, got 0"),
         (["--model", "me/it", "--pretrained-backbone"], "backbone of 'me/it' is in its checkpoint"),
         (["--model", "me/it", "--no-pretrained-backbone"], "is in its checkpoint; leave the"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
@@ -72,6 +79,26 @@ def test_options_that_were_not_given_are_the_papers():
     assert (options.schedule, options.weight_decay) == (recipe.schedule, recipe.weight_decay)
     assert (options.batch_size, options.pretrained_backbone) == (4, True)
     assert (options.shortest_edge, options.longest_edge, options.model_option) == (None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("num_querys", "DETRConfig has no fields 'num_querys'; do you mean 'num_queries'?"),
+        ("xyz", "DETRConfig has no fields 'xyz'; see its docstring"),
+    ],
+)
+def test_model_option_that_is_no_field_is_named(name, message):
+    options = parse("--model-option", f"{name}=5", "--model-option", "backbone=resnet18")
+    with pytest.raises(ValueError, match=f"--model-option: {re.escape(message)}"):
+        fill_from_recipe(options, VARIANTS["detr"])
+
+
+@pytest.mark.parametrize("words", [["--shortest-edge", "500"], ["--recipe", "small"]])
+def test_longest_edge_below_the_shortest_is_an_error(words):
+    options = parse(*words, "--longest-edge", "100")
+    with pytest.raises(ValueError, match=r"--longest-edge 100 is below --shortest-edge (500|192)"):
+        fill_from_recipe(options, VARIANTS["detr"])
 
 
 def test_options_of_the_small_recipe():

@@ -1,16 +1,23 @@
 """Directories of a run, whatever moment it was killed at."""
 
+import json
+
 import pytest
 from accelerate import Accelerator
 
+from hf_querydet import DETRConfig, DETRImageProcessor
 from hf_querydet.training import (
+    check_facts,
     checkpoint_name,
     list_checkpoints,
     open_run_directory,
     rename_checkpoint,
+    run_facts,
     write_directory,
     write_json,
 )
+
+FIELDS = {"backbone": "resnet18", "id2label": {0: "cat", 1: "dog"}}
 
 
 def write_value(value):
@@ -62,6 +69,55 @@ def test_models_of_another_run_are_not_replaced(tmp_path, name):
     write_directory(tmp_path / name, write_value("old"))
     with pytest.raises(FileExistsError, match=f"holds {name} of another run, which would be"):
         open_run_directory(tmp_path, resume=False)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--output-dir .*run cannot be written .*; choose another"):
+        open_run_directory(tmp_path / "file" / "run", resume=False)
+
+
+def test_trying_to_write_leaves_nothing(tmp_path):
+    open_run_directory(tmp_path / "new" / "run", resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def saved_facts(tmp_path, config, processor):
+    (tmp_path / "facts.json").write_text(json.dumps(run_facts(config, processor)))
+
+
+def test_a_checkpoint_of_the_same_run_is_accepted(tmp_path):
+    saved_facts(tmp_path, DETRConfig(**FIELDS), DETRImageProcessor())
+    same = DETRConfig(**FIELDS, dropout=0.3, bbox_cost=2.0, auxiliary_loss=False)
+    check_facts(tmp_path, run_facts(same, DETRImageProcessor()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_attention_heads": 4}, "decoder_attention_heads of .*: 8, now: 4"),
+        (
+            {"position_embeddings_at": "input"},
+            "position_embeddings_at of .*: attention, now: input",
+        ),
+        ({"backbone": "resnet34"}, "backbone of .*'resnet18'.*, now: .*'resnet34'"),
+        (
+            {"id2label": {0: "dog", 1: "cat"}},
+            r"labels of .*\['cat', 'dog'\], now: \['dog', 'cat'\]",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_detector_is_refused(tmp_path, change, message):
+    saved_facts(tmp_path, DETRConfig(**FIELDS), DETRImageProcessor())
+    with pytest.raises(ValueError, match=message):
+        check_facts(tmp_path, run_facts(DETRConfig(**FIELDS | change), DETRImageProcessor()))
+
+
+def test_a_checkpoint_for_pictures_of_another_size_is_refused(tmp_path):
+    saved_facts(tmp_path, DETRConfig(**FIELDS), DETRImageProcessor())
+    small = DETRImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
+    with pytest.raises(ValueError, match=r"picture size of .*800.*, now: .*96"):
+        check_facts(tmp_path, run_facts(DETRConfig(**FIELDS), small))
 
 
 @pytest.mark.parametrize("step", [40, 900, 2000])

@@ -1,7 +1,7 @@
 """Training settings of DETR (arXiv:2005.12872, Sec. 4, Appendix A.4; the released runs)."""
 
 from hf_querydet.recipe_utils import (
-    SMALL_BACKBONE,
+    SMALL_BACKBONE_STRIDE_8,
     SMALL_DECODER,
     Recipe,
     SmallRecipe,
@@ -20,9 +20,7 @@ RECIPE = Recipe(
 )
 
 SMALL_RECIPE = SmallRecipe(
-    model_fields=SMALL_BACKBONE
-    # Stride 8: without an encoder four times the cells cost no more than the stage left out.
-    | {"backbone_kwargs": {"out_indices": [2]}}
+    model_fields=SMALL_BACKBONE_STRIDE_8
     | SMALL_DECODER
     # Values without positions take very long to become boxes; an encoder takes the time of steps.
     | {"position_embeddings_at": "input", "encoder_layers": 0}
