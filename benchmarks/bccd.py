@@ -7,9 +7,9 @@ benchmarks/results are those of BCCD's blood cells (205 and 87 pictures, 3 class
 
 Detector and settings are those of the small recipe (`hf_querydet/models/VARIANT/recipe.py`,
 `--recipe small` of the training script): ResNet-18, 128 channels, 3 encoder layers where the
-variant has an encoder (DETR none), 3 decoder layers (Efficient DETR 1), 100 queries, pictures of
-256x192, batches of 8, the papers' augmentation, AdamW. The clock counts training, not evaluation;
-the learning rate follows it, so a faster variant takes more steps.
+variant has an encoder (DETR and Conditional DETR none), 3 decoder layers (Efficient DETR 1), 100
+queries, pictures of 256x192, batches of 8, the papers' augmentation, AdamW. The clock counts
+training, not evaluation; the learning rate follows it, so a faster variant takes more steps.
 
 `--library transformers` trains transformers' own class of the variant in the same way, on the same
 ResNet of timm, all of which is made trainable for it; its DETR has positions in every attention.

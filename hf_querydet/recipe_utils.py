@@ -73,10 +73,9 @@ SMALL_DECODER = {
     "decoder_attention_heads": 8,
     "decoder_ffn_dim": 512,
 }
-# A detector that reads one map: at the last stage's stride of 32, small pictures have too few
-# cells, so that it reads the stage before.
-# Without an encoder, the four times as many cells of the one before that cost no more than the stage
-# left out.
+# Of a detector that reads one map. At the last stage's stride of 32, small pictures have too few
+# cells: with an encoder it reads the stage before; without, the one before that, whose four times
+# as many cells cost no more than the stage that is left out.
 SMALL_BACKBONE_STRIDE_8 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [2]}}
 SMALL_BACKBONE_STRIDE_16 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [3]}}
 # Where the encoder attends to the whole picture. In its first steps a detector learns the average
