@@ -95,7 +95,9 @@ def _row(image: dict[str, Any], annotations: list[dict[str, Any]], picture_dir: 
 def _picture_path(picture_dir: Path, file_name: str) -> Path:
     """Place of a picture, also where the file was written on Windows and is read elsewhere."""
     path = picture_dir / file_name
-    return path if path.is_file() else picture_dir / file_name.replace("\\", "/")
+    if "\\" not in file_name or path.is_file():
+        return path
+    return picture_dir / file_name.replace("\\", "/")
 
 
 def _features(names: dict[CategoryId, str], rows: list[dict]) -> datasets.Features:

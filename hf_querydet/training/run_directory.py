@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedConfig
 
 from hf_querydet.configuration_utils import DetectorConfig
 from hf_querydet.file_writing import (
@@ -24,13 +25,11 @@ from hf_querydet.image_processing_utils import DetectionImageProcessor
 CHECKPOINTS = "checkpoints"
 FACTS = "facts.json"
 # Of a backbone's configuration.
-BACKBONE_FACTS = ("model_type", "backbone", "name_or_path", "out_indices", "output_stride")
-# Fields that a run may go on with when they change, and those of transformers, by their endings.
+BACKBONE_FACTS = ("model_type", "backbone", "out_indices", "output_stride")
+# Fields that a run may go on with when they change, by their endings.
 CHANGEABLE_FIELDS = (
-    *("dropout", "_cost", "_coefficient", "focal_alpha", "auxiliary_loss"),
-    *("use_pretrained_backbone", "transformers_version", "architectures", "dtype", "id2label"),
-    *("label2id", "problem_type", "output_hidden_states", "return_dict", "is_encoder_decoder"),
-    *("output_attentions", "chunk_size_feed_forward"),
+    *("dropout", "_cost", "_coefficient", "focal_alpha"),
+    *("auxiliary_loss", "use_pretrained_backbone"),
 )
 NUM_CHECKPOINTS_KEPT = 2
 
@@ -79,8 +78,7 @@ def _try_to_write(directory: Path) -> None:
     """Raise if a directory cannot be made or written; nothing is left of the attempt."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=there):
-            pass
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise OSError(
             f"--output-dir {directory} cannot be written ({error}); choose another directory."
@@ -131,8 +129,10 @@ def run_facts(
         processor: Its image processor.
         held_out: Which part of the training split is evaluated on, plain values; None if none is.
     """
-    fields = config.to_dict()
-    backbone = fields.pop("backbone_config")
+    values = config.to_dict()
+    backbone = values["backbone_config"]
+    of_transformers = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    of_detectors = {field.name for field in dataclasses.fields(config)} - of_transformers
     return {
         "variant": config.model_type,
         "labels": [config.id2label[label] for label in range(config.num_labels)],
@@ -140,9 +140,9 @@ def run_facts(
         "picture size": {name: edge for name, edge in dict(processor.size).items() if edge},
         "backbone": {name: backbone.get(name) for name in BACKBONE_FACTS},
         **{
-            field.name: fields[field.name]
-            for field in dataclasses.fields(config)
-            if field.name in fields and not field.name.endswith(CHANGEABLE_FIELDS)
+            name: values[name]
+            for name in sorted(of_detectors - {"backbone_config"})
+            if not name.endswith(CHANGEABLE_FIELDS)
         },
     }
 

@@ -349,17 +349,16 @@ def test_a_dataset_without_a_good_row_is_an_error(folder_with_bad_rows):
         dataset.without_bad_images()
 
 
+def stream_that_skips(folder):
+    options = {"streaming": True, "label_names": NAMES, "skip_bad_images": True}
+    return load_detection_dataset(folder, split="train", **options)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_stream_lists_the_rows_it_left_out_whichever_worker_did(
     folder_with_bad_rows, processor, num_workers
 ):
-    stream = load_detection_dataset(
-        folder_with_bad_rows,
-        split="train",
-        streaming=True,
-        label_names=NAMES,
-        skip_bad_images=True,
-    ).with_processor(processor)
+    stream = stream_that_skips(folder_with_bad_rows).with_processor(processor)
     loader = DataLoader(
         stream,
         batch_size=2,
@@ -377,13 +376,7 @@ def test_a_stream_lists_the_rows_it_left_out_whichever_worker_did(
 
 
 def test_a_picture_that_a_stream_leaves_out_in_every_epoch_is_listed_once(folder_with_bad_rows):
-    stream = load_detection_dataset(
-        folder_with_bad_rows,
-        split="train",
-        streaming=True,
-        label_names=NAMES,
-        skip_bad_images=True,
-    ).shuffle(seed=0)
+    stream = stream_that_skips(folder_with_bad_rows).shuffle(seed=0)
     places = set()
     for epoch in range(4):
         stream.set_epoch(epoch)
@@ -457,13 +450,7 @@ def test_a_deferred_stream_is_prepared_in_the_share_of_each_process(
 
 
 def test_a_stream_that_skips_cannot_be_deferred(folder_with_bad_rows):
-    stream = load_detection_dataset(
-        folder_with_bad_rows,
-        split="train",
-        streaming=True,
-        label_names=NAMES,
-        skip_bad_images=True,
-    )
+    stream = stream_that_skips(folder_with_bad_rows)
     with pytest.raises(ValueError, match="deferred and skip_bad_images=True exclude each other"):
         stream.deferred()
 

@@ -4,10 +4,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_querydet.configuration_utils import (
-    RESNET101,
-    DetectorConfig,
-)
+from hf_querydet.configuration_utils import RESNET101, DetectorConfig
 from hf_querydet.layers.projection import NUM_GROUPS
 
 SPATIAL_PRIORS = ("learned", "grid")
