@@ -6,10 +6,11 @@ DIRECTORY holds `train` and `validation`, each a picture folder with metadata.js
 benchmarks/results are those of BCCD's blood cells (205 and 87 pictures, 3 classes).
 
 Detector and settings are those of the small recipe (`hf_querydet/models/VARIANT/recipe.py`,
-`--recipe small` of the training script): ResNet-18, 128 channels, 3 encoder layers where the
-variant has an encoder (DETR and Conditional DETR none), 3 decoder layers (Efficient DETR 1), 100
-queries, pictures of 256x192, batches of 8, the papers' augmentation, AdamW. The clock counts
-training, not evaluation; the learning rate follows it, so a faster variant takes more steps.
+`--recipe small` of the training script): ResNet-18, 128 channels, 3 encoder layers (of Deformable
+and Efficient DETR; the others have none), 3 decoder layers (Efficient DETR 1, Sparse R-CNN and
+Dynamic DETR 6), 100 queries, pictures of 256x192, batches of 8, the papers' augmentation, AdamW.
+The clock counts training, not evaluation; the learning rate follows it, so a faster variant takes
+more steps.
 
 `--library transformers` trains transformers' own class of the variant in the same way, on the same
 ResNet of timm, all of which is made trainable for it; its DETR has positions in every attention.
@@ -94,16 +95,6 @@ def train_whole_backbone(model: nn.Module) -> None:
                 setattr(parent, name, norm)
 
 
-def parameter_groups_of(model: nn.Module, recipe: SmallRecipe) -> list[dict[str, Any]]:
-    """As the recipe's, also for a model of transformers, which has other names."""
-    if isinstance(model, DetectorPreTrainedModel):
-        return parameter_groups(model, recipe)
-    slow = tuple(
-        name.replace("encoder_layers", "encoder.layers") for name in recipe.slow_parameters
-    )
-    return parameter_groups(model, dataclasses.replace(recipe, slow_parameters=slow))
-
-
 def learning_rate_factor(progress: float, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero; `progress` is the share of the budget that is used."""
     if progress < warmup:
@@ -146,7 +137,7 @@ def train(
         Steps, seconds, the metrics at the end, the curve of the loss, and of AP. `keep` gets the
         same after each evaluation.
     """
-    groups = parameter_groups_of(model, recipe)
+    groups = parameter_groups(model, recipe)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses, loss_curve, ap_curve, step = [], [], [], 0

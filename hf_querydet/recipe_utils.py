@@ -73,16 +73,14 @@ SMALL_DECODER = {
     "decoder_attention_heads": 8,
     "decoder_ffn_dim": 512,
 }
-# Of a detector that reads one map. At the last stage's stride of 32, small pictures have too few
-# cells: with an encoder it reads the stage before; without, the one before that, whose four times
-# as many cells cost no more than the stage that is left out.
-SMALL_BACKBONE_STRIDE_8 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [2]}}
-SMALL_BACKBONE_STRIDE_16 = SMALL_BACKBONE | {"backbone_kwargs": {"out_indices": [3]}}
-# Where the encoder attends to the whole picture. In its first steps a detector learns the average
-# box, and such an encoder comes to give all cells nearly the same content, from where it takes very
-# long to tell them apart again. Learning slowly keeps it from getting there.
-SMALL_SLOW_ENCODER: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "slow_parameters": ("encoder_layers",),
-    "slow_learning_rate_factor": 0.05,
-}
+# Of a detector that reads one map and whose encoder attends to all of it. In its first steps a
+# detector learns the average box, and such an encoder comes to give all cells nearly the same
+# content, from where it takes very long to tell them apart again. Without it, the many cells of
+# stride 8, which small objects need, cost no more than the stages that are left out.
+SMALL_ONE_MAP = (
+    SMALL_BACKBONE
+    | {"backbone_kwargs": {"out_indices": [2]}}
+    # The other fields are for whoever asks for layers again.
+    | SMALL_ENCODER
+    | {"encoder_layers": 0}
+)

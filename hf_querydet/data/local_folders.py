@@ -98,7 +98,8 @@ def name_other_format(path: Path) -> str:
             if file is not None:
                 return (
                     f" {path} looks like {name} ({file.relative_to(path)}), which is not read: "
-                    f"convert it to a COCO json, or describe its pictures in a {METADATA}."
+                    "convert it to a COCO json (docs/training.md says how), or describe its "
+                    f"pictures in a {METADATA}."
                 )
     jsons = (file for pattern in ("*.json", "annotations/*.json") for file in path.glob(pattern))
     file = next(jsons, None)

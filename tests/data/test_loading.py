@@ -155,7 +155,7 @@ def test_formats_that_are_not_read_are_named(tmp_path, files, name, found):
         (tmp_path / file).write_text("text")
     write_picture(tmp_path / files[0], SIZES[0])
 
-    message = rf"looks like {name} \({found}\), which is not read: convert it to a COCO json"
+    message = rf"looks like {name} \({found}\), which is not read: convert it to a COCO json \(docs"
     with pytest.raises(ValueError, match=message):
         load_detection_dataset(tmp_path, split="train")
 

@@ -3,14 +3,7 @@
 For a batch of 8 in all, the authors' 8 GPUs of 1 picture.
 """
 
-from hf_querydet.recipe_utils import (
-    SMALL_BACKBONE_STRIDE_16,
-    SMALL_DECODER,
-    SMALL_ENCODER,
-    SMALL_SLOW_ENCODER,
-    Recipe,
-    SmallRecipe,
-)
+from hf_querydet.recipe_utils import SMALL_DECODER, SMALL_ONE_MAP, Recipe, SmallRecipe
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -25,10 +18,9 @@ RECIPE = Recipe(
 )
 
 SMALL_RECIPE = SmallRecipe(
-    model_fields=SMALL_BACKBONE_STRIDE_16
-    | SMALL_ENCODER
+    model_fields=SMALL_ONE_MAP
     | SMALL_DECODER
     # num_queries follows from the other two.
     | {"num_queries": None, "num_query_positions": 50, "num_query_patterns": 2},
-    **SMALL_SLOW_ENCODER,
+    learning_rate=1e-3,
 )

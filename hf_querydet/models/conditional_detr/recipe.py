@@ -3,12 +3,7 @@
 For a batch of 16 in all, the authors' 8 GPUs of 2 pictures; 8 for their DC5 models.
 """
 
-from hf_querydet.recipe_utils import (
-    SMALL_BACKBONE_STRIDE_8,
-    SMALL_DECODER,
-    Recipe,
-    SmallRecipe,
-)
+from hf_querydet.recipe_utils import SMALL_DECODER, SMALL_ONE_MAP, Recipe, SmallRecipe
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -23,9 +18,6 @@ RECIPE = Recipe(
 )
 
 SMALL_RECIPE = SmallRecipe(
-    model_fields=SMALL_BACKBONE_STRIDE_8
-    | SMALL_DECODER
-    # An encoder takes the time of steps, and makes cells alike before it tells them apart.
-    | {"encoder_layers": 0, "dropout": 0.0, "attention_dropout": 0.0},
+    model_fields=SMALL_ONE_MAP | SMALL_DECODER | {"dropout": 0.0, "attention_dropout": 0.0},
     learning_rate=1e-3,
 )

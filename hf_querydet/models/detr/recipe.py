@@ -1,11 +1,6 @@
 """Training settings of DETR (arXiv:2005.12872, Sec. 4, Appendix A.4; the released runs)."""
 
-from hf_querydet.recipe_utils import (
-    SMALL_BACKBONE_STRIDE_8,
-    SMALL_DECODER,
-    Recipe,
-    SmallRecipe,
-)
+from hf_querydet.recipe_utils import SMALL_DECODER, SMALL_ONE_MAP, Recipe, SmallRecipe
 
 RECIPE = Recipe(
     learning_rate=1e-4,
@@ -20,10 +15,10 @@ RECIPE = Recipe(
 )
 
 SMALL_RECIPE = SmallRecipe(
-    model_fields=SMALL_BACKBONE_STRIDE_8
+    model_fields=SMALL_ONE_MAP
     | SMALL_DECODER
-    # Values without positions take very long to become boxes; an encoder takes the time of steps.
-    | {"position_embeddings_at": "input", "encoder_layers": 0}
-    | {"dropout": 0.0, "attention_dropout": 0.0},
+    | {"dropout": 0.0, "attention_dropout": 0.0}
+    # Values without positions take very long to become boxes.
+    | {"position_embeddings_at": "input"},
     learning_rate=1e-3,
 )
