@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,39 +144,28 @@ def _add_hub_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def _number(
+    kind: type[int] | type[float], is_allowed: Callable[[float], bool], allowed: str
+) -> Callable[[str], float]:
+    """The type of an option whose numbers have limits; ``allowed`` says them after "must be"."""
+
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not is_allowed(number):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
+        return number
+
+    parse.__name__ = kind.__name__  # in argparse's message for what is no number
+    return parse
 
 
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text}")
-    return number
-
-
-def _probability(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
-    return number
+_count = _number(int, lambda number: number >= 0, "at least 0")
+_positive = _number(int, lambda number: number >= 1, "at least 1")
+_fraction = _number(float, lambda number: 0 < number < 1, "above 0 and below 1")
+_probability = _number(float, lambda number: 0 <= number <= 1, "between 0 and 1")
+_not_negative = _number(
+    float, lambda number: 0 <= number < math.inf, "a finite number of at least 0"
+)
 
 
 def _check(options: argparse.Namespace) -> None:
