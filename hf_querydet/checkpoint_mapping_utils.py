@@ -25,8 +25,10 @@ TRANSFORMERS_BACKBONE = {
     r"\bbackbone\.(?:conv_encoder\.)?model\.(?=embedd|encoder\.|hidden_states_norms|swin\.)": (
         "backbone.body."
     ),
-    # timm's modules lie directly below the wrapper.
-    r"\bbackbone\.(?:conv_encoder\.)?model\.": "backbone.body._backbone.",
+    # timm's modules lie directly below the wrapper, or in version 4 below transformers' own.
+    r"\bbackbone\.(?:conv_encoder\.)?model\.(?:_backbone\.)?": "backbone.body._backbone.",
+    # Learned positions of version 4.
+    r"\bbackbone\.position_embedding\.": "position_embedding.",
 }
 TRANSFORMERS_LAYERS = {
     r"^encoder\.layers\.": "encoder_layers.",

@@ -45,8 +45,8 @@ class DetectorConfig(PreTrainedConfig):
     A backbone is named in one of three ways: ``backbone_config`` (a configuration or its
     dictionary), ``backbone="resnet50.tv_in1k"`` (a timm model), or
     ``backbone="microsoft/resnet-50"`` with ``use_timm_backbone=False`` (a transformers model).
-    ``backbone``, ``use_timm_backbone`` and ``backbone_kwargs`` are read once and end up in
-    ``backbone_config``.
+    ``backbone``, ``use_timm_backbone`` and ``backbone_kwargs`` (``out_indices``, and
+    ``output_stride`` of a timm model) are read once and end up in ``backbone_config``.
 
     Freezing belongs to pretrained weights: ``backbone_norm`` and ``frozen_backbone_stages`` default
     to ``"frozen"`` and 2 with ``use_pretrained_backbone=True``, as in the papers, and to
@@ -63,7 +63,8 @@ class DetectorConfig(PreTrainedConfig):
         backbone_norm: ``"frozen"`` (statistics and affine terms are constants) or ``"batch"``.
         frozen_backbone_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first
             stage, and so on. Normalisation inside frozen stages is frozen too.
-        num_queries: Object queries, the largest number of objects found in one picture.
+        num_queries: Object queries. How many detections come out is for the image processor to say
+            (``top_k`` of ``post_process_object_detection``).
         d_model: Channels of a token.
         auxiliary_loss: Train every decoder layer on its own predictions. Never changes the forward.
             Where layers refine boxes, nothing else trains the heads before the last one: boxes are
@@ -214,6 +215,10 @@ class DetectorConfig(PreTrainedConfig):
         # transformers writes null for what does not apply, which is not a value of every field.
         config_dict = {name: value for name, value in config_dict.items() if value is not None}
         stored_backbone = config_dict.get("backbone_config")
+        if stored_backbone is not None:
+            # Some versions of transformers also write a name, which it does not mean.
+            for name in ("backbone", "use_timm_backbone", "backbone_kwargs"):
+                config_dict.pop(name, None)
         loses_dilation = config_dict.get("dilation") and given.get("dilation") is False
         if loses_dilation and isinstance(stored_backbone, dict):
             # The stored stride follows from the stored dilation.
@@ -287,6 +292,7 @@ class DetectorConfig(PreTrainedConfig):
                 )
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         elif self.backbone_config is None:
+            self._check_backbone_kwargs(options, use_timm)
             stages = list(options.get("out_indices") or self.backbone_stages)
             if use_timm is False:
                 self.backbone_config = (
@@ -306,6 +312,17 @@ class DetectorConfig(PreTrainedConfig):
         if self.dilation:
             self._dilate()
         self._agree_on_channels()
+
+    @staticmethod
+    def _check_backbone_kwargs(options: dict[str, Any], use_timm: bool | None) -> None:
+        """Refuse what would have no effect."""
+        # transformers' files repeat num_channels as in_chans.
+        known = {"out_indices", "in_chans"} | (set() if use_timm is False else {"output_stride"})
+        if unknown := sorted(options.keys() - known):
+            raise ValueError(
+                f"backbone_kwargs takes {sorted(known - {'in_chans'})} here, got {unknown}; pass a "
+                "backbone_config with them instead."
+            )
 
     def _agree_on_channels(self) -> None:
         of_backbone = getattr(self.backbone_config, "num_channels", self.num_channels)

@@ -39,12 +39,14 @@ from hf_querydet.recording import DecoderRecording
 
 logger = logging.getLogger(__name__)
 
+# Words that let accelerate divide a model.
+PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 class DetectorPreTrainedModel(PreTrainedModel):
     """Base class of all detectors.
 
-    Class attributes that a variant sets: ``config`` (as an annotation), ``_no_split_modules`` and
-    ``_class_head_keys``.
+    Class attributes that a variant sets: ``config`` (as an annotation) and ``_no_split_modules``.
     """
 
     config: DetectorConfig
@@ -70,7 +72,8 @@ class DetectorPreTrainedModel(PreTrainedModel):
         With ``num_labels``, ``id2label`` or ``config``, a class head of another size than there are
         labels is created anew, without ``ignore_mismatched_sizes``. Any other tensor of a wrong
         shape stays an error. ``attn_implementation`` is that of the detector, as in
-        :meth:`set_attn_implementation`.
+        :meth:`set_attn_implementation`. ``device_map="auto"`` and its like put the whole detector
+        on one accelerator: a detector is too small to be worth dividing.
 
         Raises:
             RuntimeError: If tensors, other than a class head for new labels, have another shape
@@ -78,6 +81,9 @@ class DetectorPreTrainedModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         ignores_all = kwargs.pop("ignore_mismatched_sizes", False)
+        if kwargs.get("device_map") in PLANNED_DEVICE_MAPS:
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            kwargs["device_map"] = {"": accelerator or "cpu"}
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,

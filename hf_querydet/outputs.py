@@ -49,7 +49,7 @@ class SetPredictions(ModelOutput):
     Attributes:
         logits: (layers, batch, num_queries, num_classes), raw; softmax detectors have one class
             more than labels, the last being "no object".
-        pred_boxes: (layers, batch, num_queries, 4), normalised cxcywh in [0, 1].
+        pred_boxes: (layers, batch, num_queries, 4), normalised cxcywh.
         is_usable: (batch, num_queries), False = no prediction: never assigned to an object and
             without a loss, in every layer. None if all are predictions.
     """

@@ -117,7 +117,7 @@ class Variant:
         small_recipe: A small detector and how to train it on a few hundred pictures.
         transformers_names: Key table of transformers' files, empty where it has no such model.
         authors: How to read checkpoints of its authors; None where they released none.
-        padding_exception: How padding reaches predictions below the backbone, a sentence for the
+        padding_exception: How padding reaches predictions after the backbone, a sentence for the
             model card; empty where it does not, which is the rule.
     """
 

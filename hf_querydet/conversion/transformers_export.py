@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
@@ -18,11 +18,14 @@ from hf_querydet.conversion.accounting import check_complete
 from hf_querydet.conversion.authors import refuse_full_directory
 from hf_querydet.file_writing import write_directory
 from hf_querydet.image_processing_utils import DetectionImageProcessor
+from hf_querydet.layers.frozen_batch_norm import FrozenBatchNorm2d
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.registration import VARIANTS, load_detector, variant_of
 
 # transformers' processors take no shortest edge without a limit of the longest.
 NO_LIMIT = 1_000_000
+# Of the norms that its detectors put in place of their backbone's.
+TRANSFORMERS_NORM_EPS = 1e-5
 
 
 def export_transformers(
@@ -51,6 +54,7 @@ def export_transformers(
     """
     refuse_full_directory(output_dir)
     model, processor = load_detector(name_or_path)
+    _check_norms(model)
     config = transformers_config(model.config)
     config.dtype = model.dtype
     with torch.device("meta"):
@@ -108,6 +112,21 @@ def _of_the_type(name: str, value: Any, default: Any) -> Any:
             )
         return int(value)
     return value
+
+
+def _check_norms(model: DetectorPreTrainedModel) -> None:
+    """Raise if transformers, which freezes all norms in one way, would compute something else."""
+    for name, module in model.named_modules():
+        if not isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
+            continue
+        activation = getattr(module, "activation", getattr(module, "act", None))
+        has_activation = not isinstance(activation, nn.Identity | None)
+        if has_activation or module.eps != TRANSFORMERS_NORM_EPS:
+            raise ValueError(
+                f"The norm {name} has eps={module.eps} and the activation {activation}. "
+                f"transformers puts one with eps={TRANSFORMERS_NORM_EPS} and none in its place, "
+                "and would compute something else with these weights."
+            )
 
 
 def _transformers_tensors(

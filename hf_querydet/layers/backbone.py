@@ -45,7 +45,9 @@ class Backbone(nn.Module):
         self, config: PreTrainedConfig, *, pretrained: bool, norm: str, num_frozen_stages: int
     ) -> None:
         super().__init__()
-        self.body = AutoBackbone.from_config(config)
+        # A stored configuration names the type of its weights, which this model may not have.
+        dtype = {} if config.dtype is None else {"dtype": torch.get_default_dtype()}
+        self.body = AutoBackbone.from_config(config, **dtype)
         _check_channels_first(self.body)
         self.channels = list(self.body.channels)
         if pretrained and not _on_meta_device(self.body):

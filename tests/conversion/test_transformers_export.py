@@ -117,6 +117,16 @@ def test_detector_that_transformers_computes_otherwise_is_an_error(tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_norms_that_transformers_has_not_are_an_error(norm, tmp_path):
+    backbone = {**TIMM, "backbone": "test_efficientnet", "out_indices": [-1]}
+    changes = {"backbone_norm": norm, "frozen_backbone_stages": 0}
+    saved("detr", tmp_path / "ours", backbone_config=backbone, **changes)
+    with pytest.raises(ValueError, match=r"The norm model\.backbone.* the activation .*LU"):
+        export_transformers(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_cost_that_is_not_whole_is_an_error(tmp_path):
     saved("detr", tmp_path / "ours", giou_cost=2.5)
     with pytest.raises(

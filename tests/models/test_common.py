@@ -298,6 +298,18 @@ def test_gradient_checkpointing_keeps_loss_and_gradients(name, use_reentrant):
         torch.testing.assert_close(actual.grad, expected.grad, msg=lambda text, key=key: key + text)
 
 
+def test_new_detector_of_a_half_precision_configuration_is_of_one_type(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "whole")
+    row = VARIANTS[name]
+    half = row.detector.from_pretrained(tmp_path / "whole", dtype=torch.float16)
+    assert {value.dtype for value in half.parameters()} == {torch.float16}
+    half.save_pretrained(tmp_path / "half")
+
+    model = row.detector(row.config.from_pretrained(tmp_path / "half"))
+
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_model_has_a_float32_loss(name, dtype):
     model = build(name).to(dtype).train()

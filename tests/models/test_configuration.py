@@ -70,6 +70,19 @@ def test_backbone_kwargs_set_stages_and_stride():
     assert (backbone.out_indices, backbone.output_stride) == ([2, 3], 8)
 
 
+@pytest.mark.parametrize(
+    ("options", "use_timm", "known"),
+    [
+        ({"drop_path_rate": 0.1}, None, r"\['out_indices', 'output_stride'\]"),
+        ({"output_stride": 16}, False, r"\['out_indices'\]"),
+    ],
+)
+def test_backbone_kwargs_without_effect_are_refused(options, use_timm, known):
+    message = rf"takes {known} here, got \['{next(iter(options))}'\]; pass a backbone_config"
+    with pytest.raises(ValueError, match=message):
+        DETRConfig(use_timm_backbone=use_timm, backbone_kwargs=options)
+
+
 def test_name_is_a_transformers_backbone_without_timm(tmp_path):
     ResNetConfig(**TINY_RESNET).save_pretrained(tmp_path)
 

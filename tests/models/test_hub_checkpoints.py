@@ -1,17 +1,20 @@
 """Repositories as they lie on the Hub: of several years, panoptic ones, wrong ones."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_BACKBONE, perturb, picture, tiny_batch, tiny_config
 from transformers import (
+    AutoModelForObjectDetection,
     ConditionalDetrConfig,
     ConditionalDetrForSegmentation,
     DetrConfig,
     DetrForObjectDetection,
     DetrForSegmentation,
+    PreTrainedModel,
     YolosConfig,
 )
 
@@ -67,6 +70,12 @@ BACKBONES = {
         "use_pretrained_backbone": None,
         "use_timm_backbone": False,
     },
+    # Conditional DETR's kept a name that it did not mean.
+    "transformers with a name": {
+        "backbone": "resnet50",
+        "backbone_config": {**TINY_BACKBONE, "out_features": ["stage4"], "out_indices": [4]},
+        "use_timm_backbone": False,
+    },
 }
 
 
@@ -88,11 +97,42 @@ def test_configuration_of_version_4_is_read(variant, kind, tmp_path, caplog):
     assert not caplog.records
     assert (config.encoder_layers, config.decoder_layers) == (2, 3)
     backbone = config.backbone_config
-    if kind == "transformers":
+    if kind.startswith("transformers"):
         assert (backbone.model_type, config.dilation) == ("resnet", False)
     else:
         assert (backbone.backbone, backbone.output_stride) == ("resnet50", 16)
     assert (config.backbone_norm, config.frozen_backbone_stages) == ("frozen", 2)
+
+
+@pytest.mark.parametrize("variant", OF_TRANSFORMERS)
+def test_tensors_of_version_4_are_used(variant, tmp_path):
+    """It had learned positions in the backbone, and timm's network in its own wrapper."""
+    changes = {"position_embedding_type": "learned"}
+    changes["backbone_config"] = {"model_type": "timm_backbone", "backbone": "test_resnet"}
+    if variant == "deformable_detr":
+        changes["backbone_config"]["out_indices"] = [-3, -2, -1]
+    config = transformers_config(tiny_config(VARIANTS, variant, **changes))
+    expected = perturb(AutoModelForObjectDetection.from_config(config)).eval()
+    expected.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    renamed = {
+        re.sub(
+            r"backbone\.(conv_encoder\.)?model\.", r"backbone.conv_encoder.model._backbone.", name
+        ).replace("model.position_embedding.", "model.backbone.position_embedding."): value
+        for name, value in stored.items()
+    }
+    assert len(renamed.keys() - stored.keys()) > 10
+    assert any("backbone.position_embedding" in name for name in renamed)
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    model, info = VARIANTS[variant].detector.from_pretrained(tmp_path, output_loading_info=True)
+
+    assert not any(info.values())
+    batch = tiny_batch()
+    with torch.no_grad():
+        actual, wanted = model.eval()(**batch), expected(**batch)
+    torch.testing.assert_close(actual.logits, wanted.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.pred_boxes, wanted.pred_boxes, rtol=0, atol=1e-5)
 
 
 def test_loading_says_nothing_where_nothing_is_wrong(tmp_path, caplog):
@@ -101,6 +141,21 @@ def test_loading_says_nothing_where_nothing_is_wrong(tmp_path, caplog):
     caplog.clear()
     DETRForObjectDetection.from_pretrained(tmp_path)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("planned", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_planned_device_map_leaves_a_detector_whole(planned, tmp_path, monkeypatch):
+    DETRForObjectDetection(tiny_config(VARIANTS, "detr")).save_pretrained(tmp_path)
+    load, maps = PreTrainedModel.from_pretrained.__func__, []
+
+    def spy(cls, *args, **kwargs):
+        maps.append(kwargs["device_map"])
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(spy))
+    model = DETRForObjectDetection.from_pretrained(tmp_path, device_map=planned)
+    assert [set(each) for each in maps] == [{""}]
+    assert len({value.device for value in model.parameters()}) == 1
 
 
 # ---- panoptic ------------------------------------------------------------------------------------
