@@ -44,8 +44,16 @@ def detect(
         Path, typer.Option("--output", file_okay=False, help="Folder for the results.")
     ] = Path("detections"),
     threshold: Annotated[
-        float, typer.Option("--threshold", min=0.0, max=1.0, help="Least score of a box.")
+        float, typer.Option("--threshold", min=0.0, max=1.0, help="Boxes have a score above it.")
     ] = 0.5,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            min=1,
+            help="Most boxes per picture; by default 100, or as many as queries if they are fewer.",
+        ),
+    ] = None,
     output_format: Annotated[
         OutputFormat,
         typer.Option(
@@ -107,6 +115,7 @@ def detect(
         list_pictures(pictures, exclude=output),
         batch_size=batch_size,
         threshold=threshold,
+        top_k=top_k,
         num_workers=num_workers,
         on_detected=on_detected,
     )

@@ -105,6 +105,7 @@ def evaluate(
             config_name=config_name,
         ).with_labels(id2label)
     _check_ids(data, streaming, output)
+    part = "all there are, in one split" if has_one_split(dataset) else split
     evaluator = CocoEvaluator(
         id2label,
         label_to_category=data.label_to_category,
@@ -114,13 +115,12 @@ def evaluate(
     batches = tqdm(loader, "evaluate", unit="batch", leave=False, disable=hide_bar(state))
     with autocast(state.device, mixed_precision):
         metrics = evaluate_detector(
-            detector, processor, batches, evaluator, threshold=score_threshold, device=state.device
+            detector, processor, batches, evaluator, threshold=score_threshold
         )
     if len(evaluator) == 0:
         raise ValueError(f"There are no pictures in {dataset}, {split}.")
     if not state.is_main_process:
         return
-    part = "all there are, in one split" if has_one_split(dataset) else split
     typer.echo(f"{len(evaluator)} pictures of {dataset}, {part}\n\n{format_table(metrics)}")
     if output is not None:
         evaluator.write_coco_results(output)

@@ -25,6 +25,7 @@ from hf_querydet.data.labels import CategoryId, LabelTable
 from hf_querydet.data.reading import BadExampleError, RowReader
 from hf_querydet.data.transforms import apply_transforms
 from hf_querydet.image_processing_utils import DetectionImageProcessor, read_for
+from hf_querydet.image_reading import DEEP_MODES, read_picture
 
 logger = logging.get_logger(__name__)
 
@@ -113,6 +114,7 @@ class _DetectionRows:
         image, annotations = self.reader.read(row, row_number)
         if self.processor is None:
             return {"image": image, "annotations": annotations}
+        self._check_values(image, row, row_number)
         try:
             if self._seed is None:
                 return self._model_input(image, annotations)
@@ -121,6 +123,19 @@ class _DetectionRows:
         except Exception as error:
             error.add_note(f"While preparing {self.reader.describe(row, row_number)}.")
             raise
+
+    def _check_values(self, image: Image.Image, row: Mapping[str, Any], row_number: int) -> None:
+        """Raise if a picture of more than 8 bits holds numbers on no scale that is read."""
+        if image.mode not in DEEP_MODES:
+            return
+        read = (
+            read_picture if self.processor is None else functools.partial(read_for, self.processor)
+        )
+        try:
+            read(image)
+        except ValueError as error:
+            described = self.reader.describe(row, row_number)
+            raise BadExampleError(f"{described}: {error}") from error
 
     def _model_input(self, image: Image.Image, annotations: dict[str, Any]) -> dict[str, Any]:
         if self.transforms is not None:
@@ -251,8 +266,10 @@ class DetectionDataset(_DetectionRows, torch.utils.data.Dataset):
         return self.rows.select_columns("image_id")[image_id]["image_id"]
 
     def _problem(self, row_number: int) -> str | None:
+        row = self.rows[row_number]
         try:
-            self.reader.read(self.rows[row_number], row_number)
+            image, _ = self.reader.read(row, row_number)
+            self._check_values(image, row, row_number)
         except BadExampleError as error:
             return str(error)
         return None

@@ -61,7 +61,8 @@ def load_detection_dataset(
       of the upright picture, which its boxes belong to.
 
     Categories are numbered 0..K-1 once: in the order of a ClassLabel, else sorted. Pass the
-    ``label_table`` of the training split on to the other splits, so that all are numbered alike.
+    ``label_table`` of the training split on to the other splits, so that all are numbered alike; or
+    the same ``label_names``, where the training split had them.
 
     Args:
         name_or_path: See above.
@@ -144,10 +145,11 @@ def load_detection_dataset(
 
 
 def check_splits_differ(name_or_path: str | Path, *, train_split: str, eval_split: str) -> None:
-    """Raise if two splits would be the same pictures.
+    """Raise if two splits would share pictures.
 
-    A single folder or json has one split, whatever it is called: a model would be evaluated on what
-    it was trained on, and nothing would say so. One name for both splits is taken for a choice.
+    A single folder or json has one split, whatever it is called, and a folder with a
+    ``metadata.jsonl`` is read with all folders in it: a model would be evaluated on what it was
+    trained on, and nothing would say so. One name for both splits is taken for a choice.
 
     Args:
         name_or_path: As for :func:`load_detection_dataset`.
@@ -155,17 +157,26 @@ def check_splits_differ(name_or_path: str | Path, *, train_split: str, eval_spli
         eval_split: Split to evaluate on.
 
     Raises:
-        ValueError: If the names differ and the data do not.
+        ValueError: If the names differ and the data do not, or one lies in the other.
     """
     if train_split == eval_split:
         return
-    source = _find_source(str(name_or_path), train_split)
-    if source is not None and source == _find_source(str(name_or_path), eval_split):
+    sources = [_find_source(str(name_or_path), split) for split in (train_split, eval_split)]
+    if None in sources:
+        return
+    outer, inner = sorted(sources)  # a folder comes before what is in it
+    if outer == inner:
         raise ValueError(
             f"{name_or_path} has one split: {train_split!r} and {eval_split!r} would both be read "
-            f"from {source}. Make a folder for each split, put {{split}} in the path, or, with "
+            f"from {outer}. Make a folder for each split, put {{split}} in the path, or, with "
             "examples/train_detector.py, hold a part of it out (--eval-fraction 0.2) or train "
             "without evaluation (--eval-split none)."
+        )
+    if outer in inner.parents:
+        raise ValueError(
+            f"The pictures of {inner} would be read with those of {outer}, which it lies in: "
+            f"{train_split!r} and {eval_split!r} would share them. Make a folder for each split, "
+            "with its own metadata.jsonl, beside the other."
         )
 
 
@@ -175,7 +186,10 @@ def has_one_split(name_or_path: str | Path) -> bool:
     Args:
         name_or_path: As for :func:`load_detection_dataset`.
     """
-    sources = [_find_source(str(name_or_path), split) for split in ("train", "validation")]
+    try:
+        sources = [_find_source(str(name_or_path), split) for split in ("train", "validation")]
+    except (OSError, ValueError):  # a path for each split, or folders of splits of other names
+        return False
     return sources[0] is not None and sources[0] == sources[1]
 
 
@@ -211,7 +225,9 @@ def _load_rows(
         hint = name_other_format(path.parent) or " Name its folder."
         raise ValueError(f"{path} is a file, but no COCO json.{hint}")
     metadata = find_metadata(path, split)
-    source: dict[str, Any] = {"path": name_or_path, "name": config_name}
+    # What is not here is a name on the Hub.
+    location = str(path) if path.exists() else name_or_path
+    source: dict[str, Any] = {"path": location, "name": config_name}
     if metadata is not None:
         _check_metadata(metadata.path / METADATA)
         # Named file by file: split names inside file names would otherwise be taken for splits.

@@ -23,7 +23,6 @@ def evaluate_detector(
     evaluator: CocoEvaluator,
     *,
     threshold: float = 0.0,
-    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Run a detector over annotated pictures and compute COCO's numbers.
 
@@ -33,11 +32,11 @@ def evaluate_detector(
     Args:
         model: A detector, wrapped by accelerate or not.
         processor: Its image processor.
-        batches: As :func:`evaluation_loader` or a loader that accelerate has prepared gives them.
+        batches: As :func:`evaluation_loader` or a loader that accelerate has prepared gives them,
+            on the CPU or the model's device.
         evaluator: Collects the predictions, which can be had from it afterwards. It forgets what it
             had before.
         threshold: Detections with a score above it count. COCO wants all of them.
-        device: Where batches are sent; not given: they are on the model's device already.
 
     Returns:
         What :meth:`CocoEvaluator.compute` returns.
@@ -52,8 +51,9 @@ def evaluate_detector(
         model = model.module
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
     for batch in batches:
-        if device is not None:
+        if device.type != "cpu":  # weights that FSDP keeps there want their batches elsewhere
             batch = send_to_device(batch, device)
         sizes = torch.stack([labels["orig_size"] for labels in batch["labels"]])
         detections = predict(model, processor, batch, sizes, threshold=threshold)

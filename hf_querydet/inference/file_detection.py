@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -50,6 +51,7 @@ def detect_in_files(
     *,
     batch_size: int = 8,
     threshold: float = 0.5,
+    top_k: int | None = None,
     num_workers: int = 0,
     on_detected: Sequence[OnDetected] = (),
 ) -> Iterator[FileDetections]:
@@ -66,6 +68,7 @@ def detect_in_files(
         files: The same in every process, see :func:`list_pictures`.
         batch_size: Files that go through the model together, in each process.
         threshold: Detections with a score above it are kept.
+        top_k: Most detections per picture; the processor's default if not given.
         num_workers: Threads per process that read files while the model computes, each a batch
             ahead.
         on_detected: Called with each picture, (channels, height, width), and its detections, in the
@@ -78,6 +81,7 @@ def detect_in_files(
     Raises:
         ValueError: If ``batch_size`` is not positive.
     """
+    find = partial(detect_batch, model, processor, threshold=threshold, top_k=top_k)
     state = PartialState()
     rounds = in_batches(in_batches(files, batch_size), state.num_processes)
     rank = state.process_index
@@ -88,7 +92,7 @@ def detect_in_files(
         return [(file, _read(processor, file)) for file in share]
 
     return itertools.chain.from_iterable(
-        gather_object(_detect(model, processor, contents, threshold, on_detected))
+        gather_object(_detect(find, contents, on_detected))
         for contents in read_ahead(read, shares, num_workers)
     )
 
@@ -102,19 +106,15 @@ def _read(processor: DetectionImageProcessor, file: PictureFile) -> Tensor | str
 
 
 def _detect(
-    model: DetectorPreTrainedModel,
-    processor: DetectionImageProcessor,
+    find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]],
     contents: list[tuple[PictureFile, Tensor | str]],
-    threshold: float,
     on_detected: Sequence[OnDetected],
 ) -> list[FileDetections]:
     """Results of one batch, those of unreadable files among them."""
     pictures = {file: content for file, content in contents if isinstance(content, Tensor)}
     found = {}
     if pictures:
-        batch = list(pictures.values())
-        detections = detect_batch(model, processor, batch, threshold=threshold)
-        found = dict(zip(pictures, detections, strict=True))
+        found = dict(zip(pictures, find(list(pictures.values())), strict=True))
     results = []
     for file, content in contents:
         if file not in found:

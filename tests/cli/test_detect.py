@@ -69,6 +69,15 @@ def test_folder_gives_a_line_and_a_drawn_copy_per_picture(model, pictures, tmp_p
     assert drawn == {".drawn_by_hf_querydet", "detections.jsonl", *names}
 
 
+def test_as_many_boxes_as_asked_for(model, pictures, tmp_path):
+    numbers = []
+    for top_k in (2, 4):
+        words = ["--threshold", 0, "--top-k", top_k, "--no-pictures"]
+        run(model, pictures, "--output", tmp_path / "out", *words)
+        numbers.append({len(line["detections"]) for line in read_lines(tmp_path / "out")})
+    assert numbers == [{2}, {4}]
+
+
 def test_finding_nothing_says_what_could_be_changed(model, pictures, tmp_path):
     output = run(model, pictures, "--output", tmp_path / "out", "--threshold", 0.99)
 

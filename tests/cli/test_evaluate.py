@@ -117,6 +117,13 @@ def test_boxes_that_are_corners(model, coco, tmp_path):
     assert read(tmp_path / "corners.json")["map"] > 0
 
 
+def test_split_that_is_there_alone_is_evaluated(model, coco, tmp_path):
+    coco.rename(coco.with_name("test.json"))
+    output = run(model, coco.with_name("{split}.json"), "--split", "test")
+    assert "4 pictures of " in output
+    assert ", test\n" in output
+
+
 def test_string_ids_of_pictures_come_back(model, coco, tmp_path):
     content = read(coco)
     names = {image["id"]: f"scan-{9 - image['id']}" for image in content["images"]}

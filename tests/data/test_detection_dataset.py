@@ -203,6 +203,41 @@ def test_transforms_get_the_channels_that_the_processor_keeps(tmp_path, mode, nu
     assert len(item["pixel_values"]) == num_channels
 
 
+@pytest.mark.parametrize("value", [70000, -1, float("nan")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_on_no_scale_are_a_bad_picture(tmp_path, processor, value, streaming):
+    folder = write_image_folder(tmp_path / "pets")
+    dtype = np.float32 if value != value else np.int32
+    Image.fromarray(np.full((43, 61), value, dtype)).save(folder / "0.tiff")
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("0.png", "0.tiff"))
+    options = {"split": "train", "streaming": streaming, "label_names": NAMES}
+
+    dataset = load_detection_dataset(folder, skip_bad_images=True, **options)
+    items = list(dataset.with_processor(processor))
+
+    assert [item["labels"]["image_id"].item() for item in items] == [13, 16, 19]
+    (message,) = dataset.skipped
+    assert "0.tiff): " in message
+    assert "pictures must hold values from 0 to" in message
+    dataset = load_detection_dataset(folder, **options).with_processor(processor)
+    with pytest.raises(BadExampleError, match=r"row 0 \(image_id 10, file .*0\.tiff\)"):
+        next(iter(dataset))
+
+
+def test_floats_on_their_own_scale_are_no_bad_picture(tmp_path):
+    folder = write_image_folder(tmp_path / "pets", OBJECTS[:1])
+    values = np.linspace(-2, 2, 43 * 61, dtype=np.float32).reshape(43, 61)
+    Image.fromarray(values).save(folder / "0.tiff")
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("0.png", "0.tiff"))
+    processor = DetectionImageProcessor(do_rescale=False, do_normalize=False, do_resize=False)
+
+    item = load_detection_dataset(folder, split="train").with_processor(processor)[0]
+
+    assert torch.equal(item["pixel_values"], torch.from_numpy(values).expand(3, -1, -1))
+
+
 def test_transforms_get_floats_of_a_file_as_whole_numbers(tmp_path, processor):
     folder = write_image_folder(tmp_path / "pets", OBJECTS[:1])
     values = torch.linspace(0, 200, 43 * 61).reshape(43, 61)

@@ -53,6 +53,12 @@ def write_table(folder, rows, features=None, split="train"):
     return folder
 
 
+def test_table_below_the_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_table(tmp_path / "pets", table_rows("cat"))
+    assert load_detection_dataset("~/pets", split="train").id2label == {0: "cat"}
+
+
 def test_image_folder_gives_pictures_and_annotations(image_folder):
     dataset = load_detection_dataset(image_folder, split="train")
 

@@ -44,6 +44,20 @@ def test_a_single_folder_has_one_split(tmp_path):
     assert not has_one_split("someone/pets")
 
 
+def test_folder_of_another_split_alone_is_not_one_split_for_all(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "test/a.jpg"}')
+    assert not has_one_split(tmp_path)
+    assert not has_one_split(tmp_path / "{split}.json")
+
+
+def test_split_within_the_other_is_refused(tmp_path):
+    touch(tmp_path / "metadata.jsonl", tmp_path / "holdout" / "metadata.jsonl")
+    with pytest.raises(ValueError, match=r"pictures of .*holdout would be read with those of"):
+        check_splits_differ(tmp_path, train_split="train", eval_split="holdout")
+    with pytest.raises(ValueError, match=r"'holdout' and 'train' would share them"):
+        check_splits_differ(tmp_path, train_split="holdout", eval_split="train")
+
+
 def test_same_name_is_a_choice(tmp_path):
     touch(tmp_path / "instances.json")
     check_splits_differ(tmp_path, train_split="train", eval_split="train")

@@ -70,3 +70,12 @@ def test_other_order_of_labels_is_an_error(dataset):
 
     with pytest.raises(ValueError, match=r"use dataset.with_labels\(model.config.id2label\)"):
         evaluate_detector(model, processor, loader, CocoEvaluator(ID2LABEL))
+
+
+@pytest.mark.cuda
+def test_batches_go_to_the_model(dataset):
+    model, processor = build_detector("conditional_detr", scale=0.1)
+    loader = evaluation_loader(dataset, processor, batch_size=3)
+    expected = evaluate_detector(model, processor, loader, CocoEvaluator(ID2LABEL))
+    metrics = evaluate_detector(model.to("cuda"), processor, loader, CocoEvaluator(ID2LABEL))
+    assert metrics == pytest.approx(expected, abs=1e-3)
