@@ -137,8 +137,11 @@ def load_data(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.eval_fraction is not None:
         train_data, eval_data = train_data.hold_out(options.eval_fraction, seed=options.seed)
     elif has_eval_split:
+        # Names that were given number the categories of any split alike. Other tables have the
+        # dataset's own names, by which those of a split are found in them.
+        labels = {"label_names": names} if names else {"label_table": train_data.label_table}
         eval_data = load_detection_dataset(
-            options.dataset, split=options.eval_split, label_table=train_data.label_table, **common
+            options.dataset, split=options.eval_split, **labels, **common
         )
     if options.max_train_samples:
         train_data = train_data.sample(options.max_train_samples, seed=options.seed)
@@ -330,6 +333,8 @@ def resume(run: Run, checkpoint: Path) -> None:
     training.check_facts(checkpoint, run.facts)
     peaks = run.scheduler.base_lrs  # loading brings those of the checkpoint
     run.accelerator.load_state(checkpoint)
+    if run.progress.batch == 0:
+        run.accelerator.step = 0  # its place in a window of batches, also of one that was cut off
     plan(run)
     run.scheduler.base_lrs = peaks
     training.continue_schedule(run.scheduler, run.progress.step)

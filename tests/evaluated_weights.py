@@ -20,7 +20,8 @@ evaluate_detector = hf_querydet.evaluation.evaluate_detector
 
 def evaluate_and_keep(model, *rest):
     name = f"{PartialState().process_index}.pt"
-    torch.save(model.state_dict(), Path(os.environ["EVALUATED_WEIGHTS"]) / name)
+    weights = {key.removeprefix("module."): value for key, value in model.state_dict().items()}
+    torch.save(weights, Path(os.environ["EVALUATED_WEIGHTS"]) / name)
     return evaluate_detector(model, *rest)
 
 

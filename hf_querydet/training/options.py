@@ -58,7 +58,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="config field of a new detector, e.g. backbone=resnet18 or decoder_layers=3",
+        help="config field, e.g. dropout=0, or decoder_layers=3 of a new detector",
     )
     add(
         "--pretrained-backbone",
@@ -66,7 +66,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="start a new detector from the published weights of its backbone, as in the papers",
     )
     add("--shortest-edge", type=_positive, help="picture size; unset: the model's or the recipe's")
-    add("--longest-edge", type=_positive, help="limit for the longer side; unset: as above")
+    add("--longest-edge", type=_positive, help="limit of the longer side; unset: in proportion")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -87,14 +87,14 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         "--box-format",
         choices=["xywh", "xyxy"],
         help="left, top, width, height as in COCO; or left, top, right, bottom; unset: the first, "
-        "unless they look like the second",
+        "and an error if boxes look like the second",
     )
     add("--label-names", help="comma-separated names, where the dataset has only numbers")
     add("--max-train-samples", type=_positive, help="train on so many pictures, drawn by --seed")
     add("--max-eval-samples", type=_positive, help="evaluate on so many, drawn by --seed")
     add("--streaming", action=flag, default=False, help="read a Hub dataset while training")
     add("--skip-bad-images", action=flag, default=False, help="leave out what cannot be read")
-    add("--augment", action=flag, default=True, help="flip, scale and crop as in the papers")
+    add("--augment", action=flag, default=True, help="flip, scale and crop as DETR's paper")
     add("--flip-probability", type=_probability, default=0.5, help="0 where left and right matter")
     add("--multi-scale", action=flag, default=True, help="scales from 0.6 to 1, when augmenting")
     add("--random-crop", action=flag, default=True, help="of half of the pictures, as above")

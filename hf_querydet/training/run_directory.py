@@ -183,6 +183,7 @@ def rename_checkpoint(accelerator: Accelerator, checkpoint: Path, step: int) -> 
         step: Of the new count, for the name.
     """
     name = checkpoint_name(step)
+    accelerator.wait_for_everyone()  # others may be loading it yet
     if name != checkpoint.name and accelerator.is_main_process:
         for other in list_checkpoints(checkpoint.parent):
             if other != checkpoint:

@@ -1,4 +1,4 @@
-"""Two processes, whose batch norms see other pictures, evaluate the average that is saved."""
+"""Two processes, whose batch norms see other pictures, evaluate what is saved."""
 
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from script_runs import arguments, launch_two_processes, losses
 WRAPPER = Path(__file__).parents[1] / "evaluated_weights.py"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["average", "model"])
+def run(request, tmp_path_factory):
     """Six pictures, which are less than a batch of both processes and more than one of each."""
     folder = tmp_path_factory.mktemp("average")
     write_split(folder / "scenes" / "train", 6, seed=0)
     write_split(folder / "scenes" / "validation", 2, seed=1)
-    extra = ("--epochs", 2, "--batch-size", 4, "--ema-decay", 0.9, "--card-pictures", 0)
+    extra = ("--epochs", 2, "--batch-size", 4, "--card-pictures", 0)
+    extra += ("--ema-decay", 0.9) if request.param == "average" else ()
     words = arguments(folder / "scenes", folder, *extra)
     changes = {"EVALUATED_WEIGHTS": str(folder)}
     return launch_two_processes(words, changes, wrapper=WRAPPER), folder

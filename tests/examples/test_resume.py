@@ -176,6 +176,25 @@ def test_epochs_done_count_in_the_steps_of_other_batches(scenes, tmp_path):
     assert names == ["step_00000008", "step_00000012"]
 
 
+def test_window_that_a_run_was_cut_in_does_not_go_on(scenes, tmp_path):
+    """accelerate keeps its place in a window of batches, which ends with the epoch here."""
+    words = arguments(scenes, tmp_path / "cut", "--eval-split", "none", "--batch-size", 1)
+    run_script([*words, "--max-train-steps", "1", "--gradient-accumulation", "3"])
+    shutil.copytree(tmp_path / "cut", tmp_path / "whole")
+    states = tmp_path / "whole" / "checkpoints" / checkpoint_name(1) / "random_states_0.pkl"
+    content = torch.load(states, weights_only=False)
+    assert content["step"] == 3
+    torch.save({**content, "step": 0}, states)
+
+    weights = []
+    for name in ("cut", "whole"):
+        words[words.index("--output-dir") + 1] = str(tmp_path / name)
+        run_script([*words, "--epochs", "2", "--gradient-accumulation", "2", "--resume"])
+        weights.append((tmp_path / name / "last" / "model.safetensors").read_bytes())
+
+    assert weights[0] == weights[1]
+
+
 def test_rates_of_a_resumed_run_are_those_of_its_command(scenes, tmp_path):
     words = arguments(scenes, tmp_path, "--eval-split", "none", "--batch-size", 8)
     run_script([*words, "--epochs", "1"])

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from detection_data import write_coco
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -135,6 +136,19 @@ def test_numbers_are_named_by_label_names(scenes, tmp_path, run):
     fine_tune(run[1] / "last", dataset, tmp_path, "--label-names", "disc,box,wedge,sun")
     model, _ = hf_querydet.load_detector(tmp_path / "last")
     assert set(model.config.id2label.values()) == {"disc", "box", "wedge", "sun"}
+
+
+def test_names_that_are_given_rule_in_both_splits(tmp_path):
+    for split in ("train", "validation"):
+        path = tmp_path / f"{split}.json"
+        categories = [{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}]
+        objects = [[{"bbox": [5, 6, 20, 30], "category_id": 1 + number % 2}] for number in range(4)]
+        write_coco(path, tmp_path, categories, objects)
+    words = ("--label-names", "N/A,Katze,Hund", "--max-train-steps", 1)
+    run_script(arguments(tmp_path / "{split}.json", tmp_path / "out", *words))
+    model, _ = hf_querydet.load_detector(tmp_path / "out" / "last")
+    assert model.config.id2label == {0: "Katze", 1: "Hund"}
+    assert read_metrics(tmp_path / "out" / "last")["map"] >= 0
 
 
 def saved_size(directory):

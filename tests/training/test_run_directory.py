@@ -132,6 +132,21 @@ def test_checkpoint_of_another_count_is_the_newest_one(tmp_path, step):
     assert (checkpoint / "value").read_text() == "1000"
 
 
+def test_checkpoint_is_there_until_all_processes_have_loaded_it(tmp_path):
+    write_directory(tmp_path / "checkpoints" / checkpoint_name(9), write_value("9"))
+    checkpoint, there = open_run_directory(tmp_path, resume=True), []
+
+    class TwoProcesses:
+        is_main_process = True
+
+        def wait_for_everyone(self):
+            there.append(checkpoint.exists())
+
+    rename_checkpoint(TwoProcesses(), checkpoint, 4)
+
+    assert there == [True, False]
+
+
 def test_checkpoint_of_the_same_count_stays_with_the_one_before(tmp_path):
     for old in (900, 1000):
         write_directory(tmp_path / "checkpoints" / checkpoint_name(old), write_value(str(old)))
