@@ -1,4 +1,4 @@
-"""Generated scenes, and a detector trained on them in about two minutes."""
+"""Generated scenes, and a detector trained on them in a few minutes."""
 
 import math
 import os

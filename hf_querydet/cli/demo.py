@@ -11,7 +11,7 @@ def demo(
         Path, typer.Option("--output-dir", help="Gets the model and a picture with boxes.")
     ] = Path("demo"),
 ) -> None:
-    """Train a small detector on generated scenes, about two minutes on two CPU cores."""
+    """Train a small detector on generated scenes, two to five minutes on two CPU cores."""
     from hf_querydet.demo import PICTURE_NAME, run_demo
     from hf_querydet.evaluation import format_table
 
