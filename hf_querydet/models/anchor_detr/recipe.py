@@ -23,4 +23,5 @@ SMALL_RECIPE = SmallRecipe(
     # num_queries follows from the other two.
     | {"num_queries": None, "num_query_positions": 50, "num_query_patterns": 2},
     learning_rate=1e-3,
+    num_epochs=250,
 )

@@ -20,4 +20,5 @@ RECIPE = Recipe(
 SMALL_RECIPE = SmallRecipe(
     model_fields=SMALL_ONE_MAP | SMALL_DECODER | {"dropout": 0.0, "attention_dropout": 0.0},
     learning_rate=1e-3,
+    num_epochs=250,
 )

@@ -24,5 +24,10 @@ RECIPE = Recipe(
 )
 
 SMALL_RECIPE = SmallRecipe(
-    model_fields=SMALL_BACKBONE | SMALL_ENCODER | SMALL_DECODER | {"with_box_refine": True}
+    model_fields=SMALL_BACKBONE
+    | SMALL_ENCODER
+    | SMALL_DECODER
+    | {"with_box_refine": True}
+    | {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+    learning_rate=8e-4,
 )

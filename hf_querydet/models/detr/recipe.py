@@ -21,4 +21,5 @@ SMALL_RECIPE = SmallRecipe(
     # Values without positions take very long to become boxes.
     | {"position_embeddings_at": "input"},
     learning_rate=1e-3,
+    num_epochs=250,
 )

@@ -25,5 +25,6 @@ RECIPE = Recipe(
 )
 
 SMALL_RECIPE = SmallRecipe(
-    model_fields=SMALL_BACKBONE | SMALL_ENCODER | SMALL_DECODER | {"decoder_layers": 1}
+    model_fields=SMALL_BACKBONE | SMALL_ENCODER | SMALL_DECODER | {"decoder_layers": 1},
+    learning_rate=8e-4,
 )
