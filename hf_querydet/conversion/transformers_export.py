@@ -18,7 +18,6 @@ from hf_querydet.conversion.accounting import check_complete
 from hf_querydet.conversion.authors import refuse_full_directory
 from hf_querydet.file_writing import write_directory
 from hf_querydet.image_processing_utils import DetectionImageProcessor
-from hf_querydet.layers.frozen_batch_norm import FrozenBatchNorm2d
 from hf_querydet.modeling_utils import DetectorPreTrainedModel
 from hf_querydet.registration import VARIANTS, load_detector, variant_of
 
@@ -117,7 +116,7 @@ def _of_the_type(name: str, value: Any, default: Any) -> Any:
 def _check_norms(model: DetectorPreTrainedModel) -> None:
     """Raise if transformers, which freezes all norms in one way, would compute something else."""
     for name, module in model.named_modules():
-        if not isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
+        if not hasattr(module, "running_mean"):  # batch norms, trained or frozen
             continue
         activation = getattr(module, "activation", getattr(module, "act", None))
         has_activation = not isinstance(activation, nn.Identity | None)
