@@ -51,7 +51,7 @@ def detect(
         typer.Option(
             "--top-k",
             min=1,
-            help="Most boxes per picture; by default 100, or as many as queries if they are fewer.",
+            help="Most boxes per picture; by default 100, of DETR and Sparse R-CNN all queries.",
         ),
     ] = None,
     output_format: Annotated[

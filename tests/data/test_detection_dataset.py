@@ -34,6 +34,13 @@ def change_row(folder, number, **values):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
+def store_tiff(folder, values):
+    """Put an array in place of the first picture."""
+    Image.fromarray(values).save(folder / "0.tiff")
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("0.png", "0.tiff"))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -208,9 +215,7 @@ def test_transforms_get_the_channels_that_the_processor_keeps(tmp_path, mode, nu
 def test_numbers_on_no_scale_are_a_bad_picture(tmp_path, processor, value, streaming):
     folder = write_image_folder(tmp_path / "pets")
     dtype = np.float32 if value != value else np.int32
-    Image.fromarray(np.full((43, 61), value, dtype)).save(folder / "0.tiff")
-    metadata = folder / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("0.png", "0.tiff"))
+    store_tiff(folder, np.full((43, 61), value, dtype))
     options = {"split": "train", "streaming": streaming, "label_names": NAMES}
 
     dataset = load_detection_dataset(folder, skip_bad_images=True, **options)
@@ -228,9 +233,7 @@ def test_numbers_on_no_scale_are_a_bad_picture(tmp_path, processor, value, strea
 def test_floats_on_their_own_scale_are_no_bad_picture(tmp_path):
     folder = write_image_folder(tmp_path / "pets", OBJECTS[:1])
     values = np.linspace(-2, 2, 43 * 61, dtype=np.float32).reshape(43, 61)
-    Image.fromarray(values).save(folder / "0.tiff")
-    metadata = folder / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("0.png", "0.tiff"))
+    store_tiff(folder, values)
     processor = DetectionImageProcessor(do_rescale=False, do_normalize=False, do_resize=False)
 
     item = load_detection_dataset(folder, split="train").with_processor(processor)[0]
@@ -241,9 +244,7 @@ def test_floats_on_their_own_scale_are_no_bad_picture(tmp_path):
 def test_transforms_get_floats_of_a_file_as_whole_numbers(tmp_path, processor):
     folder = write_image_folder(tmp_path / "pets", OBJECTS[:1])
     values = torch.linspace(0, 200, 43 * 61).reshape(43, 61)
-    Image.fromarray(values.numpy()).save(folder / "0.tiff")
-    metadata = folder / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("0.png", "0.tiff"))
+    store_tiff(folder, values.numpy())
     dataset = load_detection_dataset(folder, split="train")
     seen = []
 
