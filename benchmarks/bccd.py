@@ -19,6 +19,8 @@ ResNet of timm, all of which is made trainable for it; its DETR has positions in
 without looking at the validation pictures.
 `--device cuda --workers 2` is no yardstick: a run to stand beside it, with more steps, or larger
 pictures by `--recipe-fields '{"shortest_edge": 480, "longest_edge": 640}'`. The json names the GPU.
+Without a GPU, `--steps 7200 --mixed-precision bf16` is such a run on processors that multiply in
+bfloat16.
 """
 
 import argparse
@@ -170,7 +172,10 @@ def train(
             factor = learning_rate_factor(progress, recipe.warmup_fraction)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            loss = model(**send_to_device(batch, options.device)).loss
+            with torch.autocast(
+                options.device, torch.bfloat16, enabled=options.mixed_precision == "bf16"
+            ):
+                loss = model(**send_to_device(batch, options.device)).loss
             if not torch.isfinite(loss):
                 sys.exit(f"the loss is {loss.item()} at step {step}")
             loss.backward()
@@ -227,6 +232,12 @@ def main() -> None:
         help="directory of a saved detector to take the backbone from, one of the same stages",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--mixed-precision",
+        default="no",
+        choices=["no", "bf16"],
+        help="of training; evaluation is in float32",
+    )
     parser.add_argument(
         "--workers",
         type=int,

@@ -127,7 +127,6 @@ def test_size_of_the_small_recipe_is_given_as_a_whole():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_small_recipes_are_of_their_variants(name):
-    """Every field exists, and every part that is to learn slowly does."""
     variant = VARIANTS[name]
     recipe = variant.small_recipe
     fields = {field.name for field in dataclasses.fields(variant.config)}
@@ -136,8 +135,6 @@ def test_small_recipes_are_of_their_variants(name):
     with torch.device("meta"):
         model = variant.detector(variant.config(num_labels=3, **recipe.model_fields))
     assert model.config.num_queries == 100
-    for part in recipe.slow_parameters:
-        assert any(part in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("token", [["--hub-token", "hf_secret"], ["--hub-token=hf_secret"]])
