@@ -156,20 +156,23 @@ class DetectorConfig(PreTrainedConfig):
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
         """Raise a ValueError for names that are no fields: transformers would just store them."""
-        known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
-        known |= {"backbone", "use_timm_backbone", "backbone_kwargs", "num_labels", "id2label"}
-        known.add("transformers_version")  # of a stored configuration
-        unknown = sorted(set(names) - known)
+        unknown = set(names) - cls._field_names()
         if unknown:
-            near = [
-                match for name in unknown for match in difflib.get_close_matches(name, known, 1)
-            ]
-            hint = "see its docstring for those that it has."
-            if near:
-                hint = f"do you mean {', '.join(map(repr, near))}?"
-            raise ValueError(
-                f"{cls.__name__} has no fields {', '.join(map(repr, unknown))}; {hint}"
-            )
+            raise ValueError(cls._describe_unknown(unknown))
+
+    @classmethod
+    def _field_names(cls) -> set[str]:
+        names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+        return names | {"backbone", "use_timm_backbone", "backbone_kwargs", "num_labels"}
+
+    @classmethod
+    def _describe_unknown(cls, names: Iterable[str]) -> str:
+        names, known = sorted(names), cls._field_names()
+        near = [match for name in names for match in difflib.get_close_matches(name, known, 1)]
+        hint = "see its docstring for those that it has."
+        if near:
+            hint = f"do you mean {', '.join(map(repr, near))}?"
+        return f"{cls.__name__} has no fields {', '.join(map(repr, names))}; {hint}"
 
     @classmethod
     def from_pretrained(
@@ -266,6 +269,11 @@ class DetectorConfig(PreTrainedConfig):
             self.auxiliary_loss = True
             self.is_encoder_decoder = False
         super().__post_init__(**kwargs)
+        # A stored configuration may have keys of another version, and does not ask for anything.
+        if self.transformers_version is None and (stored := kwargs.keys() & vars(self).keys()):
+            logger.warning(
+                "%s They are stored, but nothing here reads them.", self._describe_unknown(stored)
+            )
 
     @PreTrainedConfig._attn_implementation.setter
     def _attn_implementation(self, value: str | dict[str, str] | None) -> None:

@@ -35,6 +35,19 @@ def test_number_of_labels_that_contradicts_their_names_is_mentioned(caplog):
     assert "num_labels=7 contradicts the 2 names of id2label" in caplog.text
 
 
+# Keywords
+
+
+def test_keywords_that_are_no_fields_are_mentioned_when_given_but_not_when_loaded(caplog, tmp_path):
+    config = DETRConfig(num_querys=7, attn_implementation="eager", num_labels=3)
+    assert "DETRConfig has no fields 'num_querys'; do you mean 'num_queries'?" in caplog.text
+
+    caplog.clear()
+    config.save_pretrained(tmp_path)
+    assert DETRConfig.from_pretrained(tmp_path).num_querys == 7
+    assert caplog.text == ""
+
+
 # Backbone
 
 
