@@ -19,8 +19,8 @@ ResNet of timm, all of which is made trainable for it; its DETR has positions in
 without looking at the validation pictures.
 `--device cuda --workers 2` is no yardstick: a run to stand beside it, with more steps, or larger
 pictures by `--recipe-fields '{"shortest_edge": 480, "longest_edge": 640}'`. The json names the GPU.
-Without a GPU, `--steps 7200 --mixed-precision bf16` is such a run on processors that multiply in
-bfloat16.
+Without a GPU, `--steps` and `--mixed-precision bf16` make such a run too, if the processor
+multiplies in bfloat16.
 """
 
 import argparse

@@ -269,7 +269,7 @@ class DetectorConfig(PreTrainedConfig):
             self.auxiliary_loss = True
             self.is_encoder_decoder = False
         super().__post_init__(**kwargs)
-        # A stored configuration may have keys of another version, and does not ask for anything.
+        # Only for whoever writes keywords: a stored configuration may have keys of another version.
         if self.transformers_version is None and (stored := kwargs.keys() & vars(self).keys()):
             logger.warning(
                 "%s They are stored, but nothing here reads them.", self._describe_unknown(stored)
